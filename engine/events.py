@@ -1,0 +1,320 @@
+"""Everything that crosses the seam between a machine and its driver: events in, actions out. Facts, never payload.
+
+Two machines (``policy/gateway.py``, ``policy/replica.py``) are told the time and one event, and answer with actions.
+Neither sees a token, a vector, a socket or a clock. Text stays with the driver; machines know it by digest.
+
+Times are integer nanoseconds on the driver's clock; ``*_tokens`` are model tokens; digests are 16 bytes.
+``rid`` numbers a request in its gateway, ``sid`` a submission to a replica, ``answer_id`` a finished text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Criticality = Literal["critical", "standard", "sheddable"]
+PRIORITY: dict[str, int] = {"critical": 0, "standard": 1, "sheddable": 2}
+
+Tier = Literal["exact", "coalesced", "semantic", "approximate", "fallback", "model"]
+Outcome = Literal["served", "rejected", "failed", "cancelled"]
+EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining"]
+
+
+class Struct(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
+    """A value type: made in 0.2 us, compared by content, journalled as it is."""
+
+
+# ---------------------------------------------------------------- requests, as a gateway learns of them
+
+
+class Arrive(Struct):
+    """A request whose bytes were read, whose key was checked and whose text was tokenised."""
+
+    rid: int
+    request_id: str  # the client's name for it, or one that the ingress made
+    tenant: str
+    traffic_class: str
+    arrived_ns: int  # first byte at the ingress; ages count from here
+    prompt_tokens: int
+    max_tokens: int
+    exact_key: bytes = b""  # digest of tenant scope, model, parameters, conversation; b"" = never answer from a cache
+    text_key: bytes = b""  # digest of the last user turn, for FindSimilar
+    blocks: tuple[bytes, ...] = ()  # hash chain over the prompt's full KV blocks, tagged with the tenant
+    pinned_blocks: int = 0  # how many leading blocks are the class's own system prompt
+
+
+class Cancel(Struct):
+    """The client has gone away."""
+
+    rid: int
+
+
+class Similar(Struct):
+    """Answer to FindSimilar: nearest entry and its cosine in millionths; ``None`` when there is none or no time."""
+
+    rid: int
+    answer_id: str | None = None
+    cosine_millionths: int = 0
+
+
+class LoopLag(Struct):
+    """How late the ingress' own timer ran: overload of the ingress rather than of the model."""
+
+    lag_ns: int
+
+
+class Drain(Struct):
+    """Stop taking work; finish what runs."""
+
+
+class Wake(Struct):
+    """The moment named by ``next_wake_ns`` has come."""
+
+
+# ---------------------------------------------------------------- between gateway and replica
+
+
+class Submit(Struct):
+    """Compute an answer. The gateway's action and the replica's event; exactly one Ended follows."""
+
+    sid: int
+    rid: int
+    tenant: str
+    traffic_class: str
+    priority: int  # 0 critical, 1 standard, 2 sheddable
+    sent_ns: int
+    start_by_ns: int  # dropped with reason "deadline" when not yet scheduled by then
+    prompt_tokens: int
+    max_tokens: int
+    blocks: tuple[bytes, ...] = ()
+    pinned_blocks: int = 0
+    replica: int = 0
+
+
+class Abort(Struct):
+    """Stop computing ``sid``. Unknown ids are no-ops; a known one still gets its Ended."""
+
+    sid: int
+
+
+class FirstToken(Struct):
+    """``sid`` has produced its first token."""
+
+    sid: int
+    queue_ns: int = 0  # from Submit to the first step that held it
+    cached_tokens: int = 0
+
+
+class Ended(Struct):
+    """The one end of a Submit. ``answer_*`` are filled in by the driver, which has the text."""
+
+    sid: int
+    reason: EndReason
+    computed_tokens: int = 0  # prompt tokens computed for it, recomputation after a preemption included
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    output_tokens: int = 0
+    queue_ns: int = 0
+    preemptions: int = 0
+    answer_id: str = ""
+    answer_bytes: int = 0
+
+
+class Waiting(Struct):
+    """Requests of one class that no step has held yet. Age = now - oldest_ns, true at any later moment."""
+
+    traffic_class: str
+    count: int
+    oldest_ns: int
+
+
+class Pressure(Struct):
+    """What a replica tells its gateways, once a step at most and only when it changed."""
+
+    replica: int
+    acked_sid: int  # the highest submission seen: a gateway adds its own younger ones
+    running: int
+    waiting: tuple[Waiting, ...] = ()
+    queued_tokens: int = 0  # prompt tokens waiting or in prefill
+    free_blocks: int = 0  # free or evictable
+
+
+# ---------------------------------------------------------------- the replica and its hardware
+
+
+class SeqStart(Struct):
+    """A sequence (re-)enters: its first ``computed`` tokens are already in the KV of ``blocks``."""
+
+    sid: int
+    computed: int
+    blocks: tuple[int, ...]  # block table, in order; long enough for this step's tokens
+
+
+class Grow(Struct):
+    """Blocks appended to a running sequence's table."""
+
+    sid: int
+    blocks: tuple[int, ...]
+
+
+class Chunk(Struct):
+    """Compute the next ``tokens`` known tokens of ``sid``; a chunk that reaches the last one also yields a new token."""
+
+    sid: int
+    tokens: int
+
+
+class StepShape(Struct):
+    """What a step costs by: the features of ``sim/twin/cost.py``. For the first of ``at_most`` steps."""
+
+    prefill_tokens: int = 0
+    prefill_rows: int = 0
+    decode_rows: int = 0
+    decode_kv_tokens: int = 0  # sum over decode rows of the context each attends to, own token included
+    attention_area: int = 0  # sum over chunks of chunk * (context before + chunk / 2), in half units: doubled
+
+
+class RunStep(Struct):
+    """One step, told as the difference to the last. Every started sequence without a chunk and not stopped decodes.
+
+    A sequence joins the decode rows by itself in the step after its last chunk. With ``at_most > 1`` (pure decode)
+    the driver may run up to that many equal steps, ending early when a sequence ends or a message waits.
+    """
+
+    step: int
+    shape: StepShape
+    start: tuple[SeqStart, ...] = ()
+    grow: tuple[Grow, ...] = ()
+    stop: tuple[int, ...] = ()  # preempted or aborted since the last plan; its blocks are no longer its own
+    chunks: tuple[Chunk, ...] = ()
+    at_most: int = 1
+
+
+class SeqEnd(Struct):
+    """A sequence that the runner saw end: "stop" (an end token) or "length" (``max_tokens`` reached), or "failed"."""
+
+    sid: int
+    reason: EndReason
+
+
+class Filled(Struct):
+    """A KV block that now holds generated tokens only known to the runner: index in the table, and its chained hash."""
+
+    sid: int
+    index: int
+    digest: bytes
+
+
+class StepDone(Struct):
+    """``steps`` steps were run."""
+
+    steps: int = 1
+    first: tuple[int, ...] = ()  # sequences that produced their first token, in batch order
+    ended: tuple[SeqEnd, ...] = ()
+    filled: tuple[Filled, ...] = ()
+
+
+class StepFailed(Struct):
+    """The step raised: nothing that it was to write may be trusted."""
+
+    why: str
+
+
+class Plan(Struct):
+    """The hardware is free: what runs next?"""
+
+
+# ---------------------------------------------------------------- what else a gateway asks for
+
+
+class FindSimilar(Struct):
+    """Look up the nearest answered question; waits for Similar."""
+
+    rid: int
+    text_key: bytes
+
+
+class Attach(Struct):
+    """Stream the tokens of submission ``sid`` to ``rid`` too, from its first token on."""
+
+    rid: int
+    sid: int
+
+
+class Answer(Struct):
+    """The good end of a request. Tiers "model" and "coalesced" have streamed; the others send ``answer_id`` now."""
+
+    rid: int
+    tier: Tier
+    answer_id: str = ""
+    level: int = 0
+    age_ns: int = 0  # of a cached answer
+    source: str = ""  # the request_id that computed a cached answer
+    cosine_millionths: int | None = None
+
+
+class Reject(Struct):
+    """The other end of a request: a code of ``errors.STATUS_OF_CODE``."""
+
+    rid: int
+    code: str
+    level: int = 0
+    retry_after_ns: int | None = None
+
+
+class StoreAnswer(Struct):
+    """Keep the finished text of submission ``sid`` under ``answer_id``."""
+
+    answer_id: str
+    sid: int
+
+
+class DropAnswer(Struct):
+    """Nobody refers to ``answer_id`` any more."""
+
+    answer_id: str
+
+
+class RequestRecord(Struct):
+    """One row a request. Latencies are the gateway's own, from ``arrived_ns``."""
+
+    request_id: str
+    tenant: str
+    traffic_class: str
+    arrived_ns: int
+    outcome: Outcome
+    level: int
+    tier: Tier | None = None
+    error_code: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    queue_ns: int = 0
+    ttft_ns: int | None = None
+    e2e_ns: int = 0
+    cosine_millionths: int | None = None
+    preemptions: int = 0
+    replica: int | None = None
+    answer_id: str = ""
+
+
+class LevelRecord(Struct):
+    """The overload level moved, and the class whose waiting moved it."""
+
+    at_ns: int
+    level: int
+    traffic_class: str = ""
+    age_ns: int = 0
+
+
+class Record(Struct):
+    """Append to the ledger."""
+
+    record: RequestRecord | LevelRecord
+
+
+GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | LoopLag | Cancel | Wake | Drain
+GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | StoreAnswer | DropAnswer | Record
+ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake
+ReplicaAction = RunStep | FirstToken | Ended | Pressure
