@@ -1,0 +1,238 @@
+"""What can be set: one frozen section a policy, units in the keys, each default with its reason.
+
+One scenario configures engine and twin alike. Reading files, origins and complaints live in ``scenario.py``; this
+module only says what exists and which values make sense. Policies see these sections and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from engine.events import PRIORITY, Criticality
+from engine.units import MIB_BYTES, ms_to_ns, s_to_ns
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of the scenario file."""
+
+
+class ClassConfig(Section):
+    """A traffic class: how much it matters, what it is promised, how it may be answered."""
+
+    criticality: Criticality
+    share: Share = 0.0  # of the workload's requests
+    slo_ttft_ms: Positive = 3000
+    slo_e2e_ms: Positive = 6000
+    max_wait_ms: NonNegative = 0  # longest wait for the first step; 0 = the TTFT SLO: later work would be dead work
+    timeout_ms: Positive = 30_000  # the whole answer; then 504
+    max_tokens: Positive = 24  # cap and default of the request's own max_tokens
+    system_prompt: str = ""  # file below data/corpora; put before conversations that bring no system message
+    pinned: bool = False  # keep the system prompt's KV blocks resident
+    caches: Literal["none", "exact"] = "exact"
+    fallback: str = ""  # file below data/corpora with the answer of last resort; "" = an explicit 503
+
+    @property
+    def priority(self) -> int:
+        """0 critical, 1 standard, 2 sheddable."""
+        return PRIORITY[self.criticality]
+
+    @property
+    def start_within_ns(self) -> int:
+        """From submission to the first step; later is too late."""
+        return ms_to_ns(self.max_wait_ms or self.slo_ttft_ms)
+
+
+class LimiterConfig(Section):
+    """Token bucket per tenant. The defaults are for tenants whose key names no limit of its own."""
+
+    enabled: bool = True
+    rate_rps: PositiveFloat = 1000.0  # generous: the limiter guards against one tenant, overload control against all
+    burst: PositiveFloat = 1000.0  # requests
+    tokens_per_s: NonNegativeFloat = 0.0  # model tokens, prompt and answer; 0 = unlimited
+    token_burst_s: PositiveFloat = 10.0  # the model-token bucket holds so many seconds of its rate
+
+
+class TenantConfig(Section):
+    """What a key grants. ``None`` = the scenario's default."""
+
+    classes: tuple[str, ...] = ()  # () = all; the first is the default class
+    rate_rps: PositiveFloat | None = None
+    burst: PositiveFloat | None = None
+    tokens_per_s: NonNegativeFloat | None = None
+    weight: PositiveFloat = 1.0
+
+
+class ExactConfig(Section):
+    """Answers to requests that were the same to the letter."""
+
+    enabled: bool = True
+    max_mib: PositiveFloat = 64.0  # about 300,000 answers of 200 bytes
+    ttl_s: PositiveFloat = 60.0  # prices and stock move within minutes in a sale
+    stale_s: NonNegativeFloat = 240.0  # so much older is still good enough for a sheddable class under overload
+
+    @property
+    def max_bytes(self) -> int:
+        """Capacity in bytes of answer text."""
+        return round(self.max_mib * MIB_BYTES)
+
+
+class SemanticConfig(Section):
+    """Answers to requests that mean the same. Asked already, not answered yet: see README, "What is not there yet"."""
+
+    enabled: bool = False
+
+
+class BreakerConfig(Section):
+    """Circuit breaker round a replica. Asked already, always closed: see README, "What is not there yet"."""
+
+    enabled: bool = False
+
+
+class OverloadConfig(Section):
+    """Overload levels from the age of the oldest waiting request, as a share of its class's TTFT SLO.
+
+    Age of the head, because it needs no model of the service rate and is immune to quick rejections (the signal of
+    CoDel and DAGOR; measured for LLM queues in ``engine/policy/README.md``).
+    """
+
+    enabled: bool = True
+    brownout_share: PositiveFloat = 0.2  # level 1: a few steps of waiting, more than batching itself causes
+    degraded_share: PositiveFloat = 0.4  # level 2
+    shed_share: PositiveFloat = 0.5  # level 3: leaves the other half of the SLO for prefill and the step in flight
+    window_ms: Positive = 250  # DESIGN of Breakwater and DAGOR: evaluate several times a second
+    quiet_windows: Positive = 3  # down one level after so many calm windows
+
+    @property
+    def window_ns(self) -> int:
+        """Length of a window."""
+        return ms_to_ns(self.window_ms)
+
+
+class BatcherConfig(Section):
+    """Continuous batching over a token budget."""
+
+    step_tokens: Positive = 128  # prompt tokens + decode rows in a step: bounds the step, hence a critical one's wait
+    slots: Positive = 16  # sequences that hold KV and run
+    reserved_slots: NonNegative = 2  # of these, only for critical
+    reserved_blocks: NonNegative = 32  # KV blocks that only critical may take last
+    max_multi_steps: Positive = 16  # longest run of pure decode steps between two looks at the mailbox
+
+
+class PrefixConfig(Section):
+    """KV blocks and the prefix cache over them."""
+
+    enabled: bool = True
+    block_tokens: Positive = 16
+    blocks: Positive = 1024  # 16,384 tokens: 720 MiB for SmolLM2-135M in fp32
+    pinned_blocks: NonNegative = 128  # cap on pins: never more than this share of the pool may be held for good
+    pin_ttl_s: PositiveFloat = 300.0  # a pin that nobody asked for so long is let go
+
+
+class ModelConfig(Section):
+    """Which weights, on what."""
+
+    name: str = "smollm2"  # smollm2 | tiny | fake | a hub name | a folder
+    context_tokens: Positive = 1024
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: NonNegative = 0  # torch threads of one replica; 0 = one core left for everything else
+    fake_speed: PositiveFloat = 1.0  # fake only: times the calibrated speed; inf = at once
+    fake_answers: str = ""  # fake only: CSV prompt,answer_id,answer
+    seed: int = 0  # weights of `tiny`
+
+
+class IngressConfig(Section):
+    """What the ingress takes in before it says no."""
+
+    max_body_bytes: Positive = 256 * 1024
+    max_in_flight: Positive = 10_000
+
+
+class ProfileConfig(Section):
+    """The shape of the sale in time."""
+
+    base_s: PositiveFloat
+    ramp_s: PositiveFloat
+    plateau_s: PositiveFloat
+    decay_s: PositiveFloat
+
+    @property
+    def duration_s(self) -> float:
+        """Whole length."""
+        return self.base_s + self.ramp_s + self.plateau_s + self.decay_s
+
+
+class WorkloadConfig(Section):
+    """Who asks what, and how often."""
+
+    corpus: str = "questions.csv"  # below data/corpora
+    zipf_exponent: NonNegativeFloat = 1.0  # popularity of questions inside a class
+    spike_factor: PositiveFloat = 4.0  # plateau over base: +300 %
+    base_rate_rps: NonNegativeFloat = 0.0  # 0 = from the measured capacity and overload_factor
+    overload_factor: PositiveFloat = 2.0  # plateau = so many times the capacity, counted after the caches
+    profiles: dict[str, ProfileConfig] = msgspec.field(default_factory=dict)
+
+
+class Scenario(Section):
+    """One file: the sale, the classes, and every policy."""
+
+    name: str
+    seed: int = 1
+    replicas: Positive = 1
+    classes: dict[str, ClassConfig] = msgspec.field(default_factory=dict)
+    workload: WorkloadConfig = WorkloadConfig()
+    model: ModelConfig = ModelConfig()
+    ingress: IngressConfig = IngressConfig()
+    limiter: LimiterConfig = LimiterConfig()
+    exact: ExactConfig = ExactConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    overload: OverloadConfig = OverloadConfig()
+    batcher: BatcherConfig = BatcherConfig()
+    prefix: PrefixConfig = PrefixConfig()
+
+
+class GatewayConfig(Section):
+    """All that a Gateway machine is made from; written into its journal's header."""
+
+    classes: dict[str, ClassConfig]
+    tenants: dict[str, TenantConfig]
+    limiter: LimiterConfig = LimiterConfig()
+    exact: ExactConfig = ExactConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    overload: OverloadConfig = OverloadConfig()
+    index: int = 0  # of this gateway: its submission ids start at index << 40
+
+
+class ReplicaConfig(Section):
+    """All that a Replica machine is made from; written into its journal's header."""
+
+    batcher: BatcherConfig = BatcherConfig()
+    prefix: PrefixConfig = PrefixConfig()
+    index: int = 0
+
+    @property
+    def pin_ttl_ns(self) -> int:
+        """Lifetime of a pin after its last use."""
+        return s_to_ns(self.prefix.pin_ttl_s)
+
+
+def gateway_config(scenario: Scenario, tenants: dict[str, TenantConfig], index: int = 0) -> GatewayConfig:
+    """The gateway's part of a scenario."""
+    return GatewayConfig(
+        classes=scenario.classes, tenants=tenants, limiter=scenario.limiter, exact=scenario.exact,
+        semantic=scenario.semantic, breaker=scenario.breaker, overload=scenario.overload, index=index,
+    )
+
+
+def replica_config(scenario: Scenario, index: int = 0) -> ReplicaConfig:
+    """A replica's part of a scenario."""
+    return ReplicaConfig(batcher=scenario.batcher, prefix=scenario.prefix, index=index)
