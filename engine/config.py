@@ -12,16 +12,13 @@ import msgspec
 
 from engine.events import PRIORITY, Criticality
 from engine.units import MIB_BYTES, ms_to_ns, s_to_ns
+from engine.values import Section
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the scenario file."""
 
 
 class ClassConfig(Section):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
+from engine.values import Struct
 
 Criticality = Literal["critical", "standard", "sheddable"]
 PRIORITY: dict[str, int] = {"critical": 0, "standard": 1, "sheddable": 2}
@@ -19,10 +19,6 @@ PRIORITY: dict[str, int] = {"critical": 0, "standard": 1, "sheddable": 2}
 Tier = Literal["exact", "coalesced", "semantic", "approximate", "fallback", "model"]
 Outcome = Literal["served", "rejected", "failed", "cancelled"]
 EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining"]
-
-
-class Struct(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
-    """A value type: made in 0.2 us, compared by content, journalled as it is."""
 
 
 # ---------------------------------------------------------------- requests, as a gateway learns of them
@@ -158,7 +154,7 @@ class Grow(Struct):
 
 
 class Chunk(Struct):
-    """Compute the next ``tokens`` known tokens of ``sid``; a chunk that reaches the last one also yields a new token."""
+    """Compute the next ``tokens`` known tokens of ``sid``; reaching the last one yields a new token."""
 
     sid: int
     tokens: int
@@ -175,9 +171,10 @@ class StepShape(Struct):
 
 
 class RunStep(Struct):
-    """One step, told as the difference to the last. Every started sequence without a chunk and not stopped decodes.
+    """One step, told as the difference to the last.
 
-    A sequence joins the decode rows by itself in the step after its last chunk. With ``at_most > 1`` (pure decode)
+    A sequence joins the decode rows by itself in the step after the chunk that reached its last known token, and
+    leaves them when it is stopped or has ended; one still short of its chunks and without one this time waits. With ``at_most > 1`` (pure decode)
     the driver may run up to that many equal steps, ending early when a sequence ends or a message waits.
     """
 

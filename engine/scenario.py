@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from engine.config import Scenario, Section
+from engine.config import Scenario
 from engine.errors import ScenarioError
+from engine.values import Section
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -150,7 +151,7 @@ def _check_sense(scenario: Scenario, path: Path) -> None:
     if b.reserved_slots >= b.slots:
         no(f"batcher.reserved_slots ({b.reserved_slots}) leaves none of the {b.slots} slots for other classes")
     if b.slots > b.step_tokens:
-        no(f"batcher.slots ({b.slots}) exceeds batcher.step_tokens ({b.step_tokens}): a step could not hold its decodes")
+        no(f"batcher.slots ({b.slots}) exceeds batcher.step_tokens ({b.step_tokens}): a step could not hold all rows")
     if not o.brownout_share <= o.degraded_share <= o.shed_share:
         no("overload: brownout_share <= degraded_share <= shed_share must hold")
     need = -(-scenario.model.context_tokens // p.block_tokens)

@@ -1,0 +1,47 @@
+"""The paged KV pool: per layer K and V of ``[num_blocks, block_tokens, kv_heads, head_dim]``.
+
+Memory only: which block belongs to whom is decided by the replica machine and arrives as block tables. Zeroed, not
+empty, because a masked key still adds ``0 * value`` to its row and ``0 * nan`` is nan (PagedAttention, Kwon et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+POISON = 1e30  # huge but finite, for the reason above
+
+
+class KVPool:
+    """``keys[layer]`` and ``values[layer]`` are pages; ``key_slots`` and ``value_slots`` see the same memory by token."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_blocks, self.block_tokens = num_blocks, block_tokens
+        shape = (num_blocks, block_tokens, kv_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.key_slots = [pages.view(-1, kv_heads, head_dim) for pages in self.keys]
+        self.value_slots = [pages.view(-1, kv_heads, head_dim) for pages in self.values]
+        self.device, self.dtype = self.keys[0].device, dtype
+        self.block_bytes = 2 * num_layers * block_tokens * kv_heads * head_dim * dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.num_blocks * self.block_bytes
+
+    def poison(self, blocks: Iterable[int]) -> None:
+        """Fill ``blocks`` with a value that no computation survives: tests prove that nobody reads a foreign block."""
+        where = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
+        for pages in (*self.keys, *self.values):
+            pages[where] = POISON

@@ -1,0 +1,174 @@
+"""The hardware's side of a step: keeps the running set and the tokens, runs flat batches, samples, reports what ended.
+
+A row is one sequence's new tokens, prefill chunk or decode alike; all rows of a step go through the model as one flat
+batch. Which sequences run, on which blocks, was decided by the replica machine; text and clients are the worker's.
+Method: flat token batches as in vLLM v1. Not thread-safe: one worker owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.events import Filled, RunStep, SeqEnd, StepDone, StepFailed
+from engine.model import attention
+from engine.model.attention import Span
+from engine.model.blockhash import Hasher
+from engine.model.loader import LoadedModel
+from engine.model.sampler import SamplingParams, sample
+from engine.model.stepping import StepResult
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """Known tokens are the prompt and what was generated; ``computed`` of them have KV in ``table``."""
+
+    sid: int
+    tokens: list[int]
+    prompt_tokens: int
+    max_tokens: int
+    chain: list[bytes]  # digest of each full block, prompt first; grows as generated tokens fill blocks
+    params: SamplingParams
+    computed: int = 0
+    table: list[int] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+
+@dataclass(slots=True)
+class _Report:
+    """What a run has to tell, gathered over its steps."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    first: list[int] = field(default_factory=list)
+    ended: list[SeqEnd] = field(default_factory=list)
+    filled: list[Filled] = field(default_factory=list)
+
+
+class TorchRunner:
+    """A ``stepping.Runner`` on a real model."""
+
+    def __init__(self, model: LoadedModel, num_blocks: int, block_tokens: int, hasher: Hasher) -> None:
+        self.model = model
+        self.pool = model.pool(num_blocks, block_tokens)
+        self._hasher, self._block_tokens = hasher, block_tokens
+        self._known: dict[int, _Sequence] = {}
+        self._running: dict[int, _Sequence] = {}  # in the order of their starts: the batch order
+
+    def submit(
+        self, sid: int, prompt: list[int], max_tokens: int, blocks: tuple[bytes, ...], params: SamplingParams
+    ) -> None:
+        """See ``stepping.Runner``."""
+        self._known[sid] = _Sequence(sid, list(prompt), len(prompt), max_tokens, list(blocks), params)
+
+    def forget(self, sid: int) -> None:
+        """See ``stepping.Runner``."""
+        self._known.pop(sid, None)
+        self._running.pop(sid, None)
+
+    def run(self, step: RunStep, message_waits: Callable[[], bool]) -> StepResult:
+        """See ``stepping.Runner``."""
+        report, steps = _Report(), 0
+        try:
+            chunks = self._apply(step)
+            while True:
+                self._step(chunks, report)
+                steps += 1
+                if steps >= step.at_most or report.ended or message_waits():
+                    break
+        except Exception as error:  # the machine decides what a failed step means; the worker lives on
+            return StepResult(StepFailed(f"{type(error).__name__}: {error}"), [])
+        done = StepDone(steps, tuple(report.first), tuple(report.ended), tuple(report.filled))
+        return StepResult(done, list(report.tokens.items()))
+
+    def _apply(self, step: RunStep) -> dict[int, int]:
+        """Bring the running set up to date; the chunks by sid."""
+        for sid in step.stop:
+            self._running.pop(sid, None)
+        for start in step.start:
+            seq = self._known[start.sid]
+            seq.computed, seq.table = start.computed, list(start.blocks)
+            self._running[start.sid] = seq
+        for grow in step.grow:
+            self._running[grow.sid].table += grow.blocks
+        return {chunk.sid: chunk.tokens for chunk in step.chunks}
+
+    def _step(self, chunks: dict[int, int], report: _Report) -> None:
+        rows: list[tuple[_Sequence, int]] = []
+        for sid, seq in self._running.items():
+            missing = len(seq.tokens) - seq.computed
+            count = chunks[sid] if sid in chunks else 1 if missing == 1 else 0
+            if not 0 <= count <= missing:
+                raise ValueError(f"a chunk of {count} tokens for sequence {sid}, which misses {missing}")
+            if count:
+                rows.append((seq, count))
+        if not rows:
+            raise ValueError("a step in which no sequence runs")
+        yielding = [seq for seq, count in rows if seq.computed + count == len(seq.tokens)]
+        logits = self._forward(rows)
+        for seq, count in rows:
+            seq.computed += count
+        positions = [len(seq.tokens) for seq in yielding]
+        new = sample(logits, [seq.params for seq in yielding], positions) if yielding else []
+        failed = [seq.sid for seq, token in zip(yielding, new, strict=True) if token is None]
+        for seq, _ in rows:
+            if seq.sid not in failed:  # nobody may reuse what gave nan
+                self._fill(seq, report)
+        for seq, token in zip(yielding, new, strict=True):
+            self._accept(seq, token, report)
+
+    def _forward(self, rows: list[tuple[_Sequence, int]]) -> Tensor:
+        """Logits ``[rows that reach their last known token, vocab]``."""
+        ids: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
+        spans: list[Span] = []
+        for seq, count in rows:
+            first, stop = seq.computed, seq.computed + count
+            ids += seq.tokens[first:stop]
+            positions += range(first, stop)
+            spans.append(Span(count, first, seq.table))
+            if stop == len(seq.tokens):
+                last.append(len(ids) - 1)
+        device = self.model.device
+        with torch.inference_mode():
+            out = self.model.model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last or [0], device=device),  # an empty list would keep nothing to index
+                paged=attention.plan(self.pool, spans),
+            )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _fill(self, seq: _Sequence, report: _Report) -> None:
+        """Blocks that generated tokens have just completed. A prompt of less than a block has no chain to extend."""
+        size = self._block_tokens
+        while seq.chain and seq.computed >= (len(seq.chain) + 1) * size:
+            index = len(seq.chain)
+            digest = self._hasher.extend(seq.chain[-1], seq.tokens[index * size : (index + 1) * size])
+            seq.chain.append(digest)
+            report.filled.append(Filled(seq.sid, index, digest))
+
+    def _accept(self, seq: _Sequence, token: int | None, report: _Report) -> None:
+        if token is None:
+            self._end(seq, "failed", report)
+        elif token in self.model.eos_ids and not seq.params.ignore_eos:
+            self._end(seq, "stop", report)
+        else:
+            seq.tokens.append(token)
+            report.tokens.setdefault(seq.sid, []).append(token)
+            if seq.outputs == 1:
+                report.first.append(seq.sid)
+            if seq.outputs >= seq.max_tokens:
+                self._end(seq, "length", report)
+
+    def _end(self, seq: _Sequence, reason: str, report: _Report) -> None:
+        del self._running[seq.sid]
+        report.ended.append(SeqEnd(seq.sid, reason))  # type: ignore[arg-type]

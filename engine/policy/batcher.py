@@ -1,0 +1,313 @@
+"""Continuous batching over a token budget: who runs in the next step.
+
+A step takes every decoding row and fills the rest of its budget with prompt chunks, most important first. Strict
+priority with preemption between steps: a critical arrival waits for the step in flight, never for a second one; the
+victim's tokens are recomputed when it comes back, in its old place. Reserved slots and blocks are for critical only.
+
+Work per call follows what changed, not what runs: decoding rows meet the batcher again only at a block border (a
+calendar by step index), at their end, or as victims. Method: vLLM v1's scheduler, Sarathi-Serve's chunked prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from heapq import heappop, heappush
+
+from engine.config import ReplicaConfig
+from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepShape, Submit
+from engine.policy.prefix import BlockPool
+from engine.policy.sequence import Sequence
+from engine.units import ceil_div
+
+
+class Batcher:
+    """The waiting room, the running set and the plan. Owned by a Replica, which speaks to the world."""
+
+    def __init__(self, config: ReplicaConfig) -> None:
+        self.config = config.batcher
+        self.pool = BlockPool(config.prefix)
+        self.step = 0  # index of the next step
+        self.sequences: dict[int, Sequence] = {}  # all that have not ended
+        self.running: dict[int, Sequence] = {}  # prefill or decode: they hold a slot and blocks
+        self.unseen: dict[str, dict[int, int]] = {}  # class -> sid -> sent_ns, of those that no step has held yet
+        self.queued_tokens = 0
+        self.decode_rows = 0
+        self.decode_kv = 0  # context that the next step's decode rows attend to
+        self._critical_running = 0
+        self._waiting: list[tuple[tuple[int, int, int], int]] = []  # heap of (rank, sid); stale entries are skipped
+        self._deadlines: list[tuple[int, int]] = []  # heap of (start_by_ns, sid)
+        self._borders: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch): that step needs one more block
+        self._limits: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch): that step yields the last token
+        self._planned: list[Sequence] = []  # with a chunk in the step in flight
+        self._published: list[int] = []  # blocks that the step in flight is to fill
+        self._stop: list[int] = []  # the runner must hear of these before anything else
+
+    # ------------------------------------------------------------ coming and going
+
+    def fits(self, ask: Submit) -> bool:
+        """Could it ever run to its last token, with the pins and the critical reserve in place?"""
+        worst = ceil_div(ask.prompt_tokens + ask.max_tokens, self.pool.block_tokens)
+        return worst <= self.pool.total - self.pool.pin_cap - self.config.reserved_blocks
+
+    def add(self, ask: Submit) -> None:
+        """Into the waiting room."""
+        seq = Sequence(ask, list(ask.blocks), known=ask.prompt_tokens)
+        self.sequences[ask.sid] = seq
+        self.unseen.setdefault(ask.traffic_class, {})[ask.sid] = ask.sent_ns
+        heappush(self._deadlines, (ask.start_by_ns, ask.sid))
+        self._enqueue(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Out of whatever state it is in, between two steps; its blocks go back."""
+        if seq.state in ("prefill", "decode"):
+            self._leave(seq)
+        else:
+            self._seen(seq)
+        self._unqueue(seq)
+        seq.state = "ended"
+        del self.sequences[seq.ask.sid]
+
+    def expire(self, now_ns: int) -> list[Sequence]:
+        """Those that no step has held in time; removed."""
+        late: list[Sequence] = []
+        while self._deadlines and self._deadlines[0][0] < now_ns:
+            seq = self.sequences.get(heappop(self._deadlines)[1])
+            if seq is not None and seq.first_ns is None:
+                late.append(seq)
+                self.remove(seq)
+        return late
+
+    # ------------------------------------------------------------ the plan
+
+    def plan(self, now_ns: int) -> RunStep | None:
+        """The next step, or None when nothing can run."""
+        self.pool.expire_pins(now_ns)
+        grow = self._cross_borders()
+        start, chunks, area, tokens = self._fill(now_ns)
+        if not self.decode_rows and not chunks:
+            return None
+        shape = StepShape(tokens, len(chunks), self.decode_rows, self.decode_kv, area)
+        stop, self._stop = tuple(self._stop), []
+        return RunStep(
+            step=self.step, shape=shape, start=tuple(start), stop=stop, chunks=tuple(chunks),
+            grow=tuple(g for g in grow if self.running.get(g.sid)), at_most=self._at_most(bool(chunks)),
+        )
+
+    def _cross_borders(self) -> list[Grow]:
+        """One more block for each decode row that needs it now; the least important row pays for a shortage."""
+        grow: list[Grow] = []
+        while self._borders and self._borders[0][0] <= self.step:
+            _, sid, epoch = heappop(self._borders)
+            seq = self.running.get(sid)
+            if seq is None or seq.epoch != epoch:
+                continue
+            while not self.pool.available:
+                victim = max(self.running.values(), key=lambda s: s.rank)
+                self._preempt(victim)
+                if victim is seq:
+                    break
+            if seq.state == "decode":
+                blocks = self.pool.take((), 1)
+                seq.table.extend(blocks)
+                grow.append(Grow(sid, tuple(blocks)))
+                heappush(self._borders, (self.step + self.pool.block_tokens, sid, epoch))
+        return grow
+
+    def _fill(self, now_ns: int) -> tuple[list[SeqStart], list[Chunk], int, int]:
+        """Prompt chunks for what the decode rows leave of the budget, in strict order; a blocked head stops all."""
+        start: list[SeqStart] = []
+        chunks: list[Chunk] = []
+        area = 0
+        budget = self.config.step_tokens - self.decode_rows
+        prefilling = sorted((s for s in self.running.values() if s.state == "prefill"), key=lambda s: s.rank)
+        for seq in self._in_order(prefilling):
+            if budget <= 0 or (seq.state == "waiting" and not self._admit(now_ns, seq)):
+                break
+            seq.chunk = min(budget, seq.known - seq.computed)
+            if not seq.told:
+                seq.told = True
+                start.append(SeqStart(seq.ask.sid, seq.computed, tuple(seq.table)))
+            chunks.append(Chunk(seq.ask.sid, seq.chunk))
+            area += seq.chunk * (2 * seq.computed + seq.chunk)
+            budget -= seq.chunk
+            self._publish(now_ns, seq)
+            self._planned.append(seq)
+        return start, chunks, area, sum(c.tokens for c in chunks)
+
+    def _in_order(self, prefilling: list[Sequence]) -> Iterable[Sequence]:
+        """Sequences in prefill and in the waiting room, merged by rank."""
+        for seq in prefilling:
+            while (head := self._head()) is not None and head.rank < seq.rank:
+                yield head
+            if seq.state == "prefill":  # not a victim of the heads just before it
+                yield seq
+        while (head := self._head()) is not None:
+            yield head
+
+    def _head(self) -> Sequence | None:
+        while self._waiting:
+            seq = self.sequences.get(self._waiting[0][1])
+            if seq is not None and seq.state == "waiting":
+                return seq
+            heappop(self._waiting)
+        return None
+
+    def _admit(self, now_ns: int, seq: Sequence) -> bool:
+        """A slot and blocks for all its known tokens, or nothing at all."""
+        hits = self.pool.match(seq.digests, seq.known)
+        fresh = ceil_div(seq.known, self.pool.block_tokens) - len(hits)
+        victims = [s for s in self.running.values() if s.ask.priority > seq.ask.priority and not s.chunk]
+        victims.sort(key=lambda s: s.rank)  # the last one pays first
+        if not self._could_make_room(seq, hits, fresh, victims):
+            return False
+        while not (self._slot_free(seq) and self._blocks_free(seq, self.pool.cost_of(hits, fresh))):
+            self._preempt(victims.pop())
+            hits = self.pool.match(seq.digests, seq.known)
+            fresh = ceil_div(seq.known, self.pool.block_tokens) - len(hits)
+        seq.table = self.pool.take(hits, fresh)
+        seq.computed = len(hits) * self.pool.block_tokens
+        seq.state = "prefill"
+        self.running[seq.ask.sid] = seq
+        self._critical_running += seq.ask.priority == 0
+        if seq.first_ns is None:
+            seq.first_ns, seq.cached_tokens = now_ns, seq.computed
+            self.pool.count(seq.ask.prompt_tokens, seq.computed)
+            self._seen(seq)
+        self._requeue(seq, seq.known - seq.computed)
+        return True
+
+    def _could_make_room(self, seq: Sequence, hits: list[int], fresh: int, victims: list[Sequence]) -> bool:
+        if not self._slot_free(seq) and not victims:
+            return False
+        short = self.pool.cost_of(hits, fresh) + self._reserve_for_others(seq) - self.pool.available
+        own = sum(self.pool.references(b) == 1 for v in victims for b in v.table) if short > 0 else 0
+        return short <= own
+
+    def _slot_free(self, seq: Sequence) -> bool:
+        if seq.ask.priority == 0:
+            return len(self.running) < self.config.slots
+        others = len(self.running) - self._critical_running
+        return len(self.running) < self.config.slots and others < self.config.slots - self.config.reserved_slots
+
+    def _blocks_free(self, seq: Sequence, cost: int) -> bool:
+        return cost + self._reserve_for_others(seq) <= self.pool.available
+
+    def _reserve_for_others(self, seq: Sequence) -> int:
+        return 0 if seq.ask.priority == 0 else self.config.reserved_blocks
+
+    def _publish(self, now_ns: int, seq: Sequence) -> None:
+        size = self.pool.block_tokens
+        for index in range(seq.computed // size, min((seq.computed + seq.chunk) // size, len(seq.digests))):
+            if self.pool.publish(seq.table[index], seq.digests[index]):
+                self._published.append(seq.table[index])
+        if seq.computed + seq.chunk == seq.known:
+            self.pool.pin(now_ns, seq.table[: seq.ask.pinned_blocks])
+
+    def _at_most(self, has_chunks: bool) -> int:
+        """Steps until something must be decided: a block border, a token limit; one when anything waits."""
+        if has_chunks or self._head() is not None:
+            return 1
+        most = self.config.max_multi_steps
+        for calendar, last in ((self._borders, 0), (self._limits, 1)):
+            while calendar:
+                step, sid, epoch = calendar[0]
+                seq = self.running.get(sid)
+                if seq is not None and seq.epoch == epoch:
+                    most = min(most, step - self.step + last)
+                    break
+                heappop(calendar)
+        return max(1, most)
+
+    # ------------------------------------------------------------ after a step
+
+    def settle(self, steps: int) -> list[Sequence]:
+        """``steps`` steps have run: chunks are computed; finished prompts decode, and are returned in batch order."""
+        self.decode_kv += self.decode_rows * steps
+        self.step += steps
+        self._published.clear()
+        done: list[Sequence] = []
+        for seq in self._planned:
+            seq.computed += seq.chunk
+            seq.computed_tokens += seq.chunk
+            self._requeue(seq, seq.known - seq.computed)
+            seq.chunk = 0
+            if seq.computed == seq.known:
+                self._begin_decode(seq)
+                done.append(seq)
+        self._planned.clear()
+        return done
+
+    def _begin_decode(self, seq: Sequence) -> None:
+        seq.state, seq.decode_from = "decode", self.step
+        seq.known += 1
+        seq.outputs += 1
+        self.decode_rows += 1
+        self.decode_kv += seq.known
+        capacity = len(seq.table) * self.pool.block_tokens
+        heappush(self._borders, (self.step + capacity - (seq.known - 1), seq.ask.sid, seq.epoch))
+        heappush(self._limits, (self.step + seq.ask.max_tokens - seq.outputs - 1, seq.ask.sid, seq.epoch))
+
+    def fill(self, filled: Filled) -> None:
+        """A block of generated tokens has got its digest."""
+        seq = self.running.get(filled.sid)
+        if seq is None or filled.index < len(seq.digests):
+            return  # ended in the same step, or filled again after a preemption
+        assert filled.index == len(seq.digests), "filled: blocks fill in order"
+        seq.digests.append(filled.digest)
+        self.pool.publish(seq.table[filled.index], filled.digest)
+
+    def fail(self) -> list[Sequence]:
+        """The step in flight wrote nothing that may be trusted: unpublish, and name those that took part."""
+        for block in self._published:
+            self.pool.unpublish(block)
+        self._published.clear()
+        self._planned.clear()
+        self.decode_kv += self.decode_rows
+        self.step += 1
+        return [s for s in self.running.values() if s.state == "decode" or s.chunk]
+
+    def outputs_of(self, seq: Sequence) -> int:
+        """Tokens generated so far."""
+        return seq.outputs + (self.step - seq.decode_from if seq.state == "decode" else 0)
+
+    # ------------------------------------------------------------ shared steps
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Off the hardware, back to its old place in the waiting room; its KV may be gone when it returns."""
+        assert not seq.chunk, "preempt: never a sequence that this plan has already served"
+        self._leave(seq)
+        seq.preemptions += 1
+        seq.state = "waiting"
+        self._enqueue(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.state == "decode":
+            ran = self.step - seq.decode_from
+            seq.known += ran
+            seq.outputs += ran
+            self.decode_rows -= 1
+            self.decode_kv -= seq.known
+        del self.running[seq.ask.sid]
+        self._critical_running -= seq.ask.priority == 0
+        self.pool.release(seq.table)
+        seq.table, seq.computed, seq.chunk = [], 0, 0
+        seq.epoch += 1
+        if seq.told:
+            seq.told = False
+            self._stop.append(seq.ask.sid)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        self._requeue(seq, seq.known)
+        heappush(self._waiting, (seq.rank, seq.ask.sid))
+
+    def _requeue(self, seq: Sequence, tokens: int) -> None:
+        self.queued_tokens += tokens - seq.queued
+        seq.queued = tokens
+
+    def _unqueue(self, seq: Sequence) -> None:
+        self._requeue(seq, 0)
+
+    def _seen(self, seq: Sequence) -> None:
+        unseen = self.unseen.get(seq.ask.traffic_class)
+        if unseen is not None:
+            unseen.pop(seq.ask.sid, None)

@@ -1,0 +1,142 @@
+"""Overload level 0 normal, 1 brown-out, 2 degraded, 3 shed: from how long the oldest request of a class has waited.
+
+A class's age is measured against its own TTFT SLO. Up at once, down one level after some quiet windows. Knows neither
+queue lengths nor service rates, and not what a level means: that is the gateway's to say.
+Signal: head-of-line delay as in CoDel and DAGOR; hysteresis as in Breakwater. The study behind it is in ``README.md``.
+"""
+
+from __future__ import annotations
+
+from engine.config import ClassConfig, OverloadConfig
+from engine.events import PRIORITY, Struct
+from engine.units import ms_to_ns
+
+LEVELS = 4
+SHEDDABLE_HIGHEST = 2  # waiting sheddable work must never get standard work shed: lowest first
+
+
+class LevelChange(Struct):
+    """The level from ``at_ns`` on, and the waiting that decided it (no class: nothing waits)."""
+
+    at_ns: int
+    level: int
+    traffic_class: str
+    age_ns: int
+
+
+class OverloadStats(Struct):
+    """``level_ns[i]`` is the time spent at level i, up to the last observation."""
+
+    level: int
+    rises: int
+    falls: int
+    level_ns: tuple[int, ...]
+
+
+class Overload:
+    """The level, moved by observations.
+
+    A window ends one window's length after the last one ended or the level rose, and holds the observations since then,
+    the one at its very end included. One without any is judged by the first observation after it: with wakes on time
+    there is none, and after a pause what is waiting now is all the evidence there is.
+    """
+
+    def __init__(self, config: OverloadConfig, classes: dict[str, ClassConfig]) -> None:
+        self.level = 0
+        self._enabled = config.enabled
+        self._window_ns = config.window_ns
+        self._quiet_windows = config.quiet_windows
+        shares = (config.brownout_share, config.degraded_share, config.shed_share)
+        self._rules = [  # in the order of the configuration: the first class of the highest level is the one named
+            (
+                name,
+                tuple(round(share * ms_to_ns(cls.slo_ttft_ms)) for share in shares),
+                SHEDDABLE_HIGHEST if cls.priority == PRIORITY["sheddable"] else LEVELS - 1,
+            )
+            for name, cls in classes.items()
+        ]
+        self._now_ns: int | None = None
+        self._window_from_ns = 0
+        self._worst: int | None = None  # highest raw level seen in this window
+        self._quiet = 0
+        self._waits = False
+        self._rises = self._falls = 0
+        self._level_ns = [0] * LEVELS
+
+    def observe(self, now_ns: int, oldest_ns: dict[str, int]) -> LevelChange | None:
+        """``oldest_ns``: when the oldest waiting request of each class was sent. The change, if the level moved."""
+        if self._now_ns is None:
+            self._now_ns = self._window_from_ns = now_ns
+        now_ns = max(now_ns, self._now_ns)
+        self._level_ns[self.level] += now_ns - self._now_ns
+        self._now_ns = now_ns
+        if not self._enabled:
+            return None
+        before = self.level
+        raw, traffic_class, age_ns = self._raw(now_ns, oldest_ns)
+        self._waits = bool(traffic_class)
+        self._roll(now_ns, raw)
+        if raw > self.level:
+            self.level = raw
+            self._window_from_ns, self._worst, self._quiet = now_ns, None, 0
+        if self.level == before:
+            return None
+        if self.level > before:
+            self._rises += 1
+        else:
+            self._falls += 1
+        return LevelChange(now_ns, self.level, traffic_class, age_ns)
+
+    def next_wake_ns(self) -> int | None:
+        """End of the current window, while there is something to watch."""
+        return self._window_from_ns + self._window_ns if self.level or self._waits else None
+
+    def stats(self) -> OverloadStats:
+        """The level now, how often it moved, and how long it stayed."""
+        return OverloadStats(self.level, self._rises, self._falls, tuple(self._level_ns))
+
+    def check(self) -> None:
+        """Invariants."""
+        assert 0 <= self.level < LEVELS, "the level is one of four"
+        assert self._enabled or self.level == 0, "a controller that is off stays at level 0"
+        assert 0 <= self._quiet < self._quiet_windows, "quiet windows end in a step down"
+        assert self._now_ns is None or not self._enabled or (
+            self._window_from_ns <= self._now_ns < self._window_from_ns + self._window_ns
+        ), "the current window holds the last observation"
+        assert self._worst is None or self._worst <= self.level, "the level never lags behind what was seen"
+
+    def _raw(self, now_ns: int, oldest_ns: dict[str, int]) -> tuple[int, str, int]:
+        """Level that the ages alone call for, and who calls."""
+        raw, traffic_class, age_ns = -1, "", 0
+        for name, thresholds_ns, highest in self._rules:
+            if (sent_ns := oldest_ns.get(name)) is None:
+                continue
+            waited_ns = max(0, now_ns - sent_ns)
+            level = min(highest, sum(waited_ns >= threshold_ns for threshold_ns in thresholds_ns))
+            if level > raw:
+                raw, traffic_class, age_ns = level, name, waited_ns
+        return max(raw, 0), traffic_class, age_ns
+
+    def _roll(self, now_ns: int, raw: int) -> None:
+        """Close the windows that are over; ``raw`` belongs to the one that holds ``now_ns``."""
+        while self._window_from_ns + self._window_ns < now_ns:
+            self._close(raw if self._worst is None else self._worst)
+            if self.level <= raw:  # no window without observations can lower it further: the rest is one jump
+                gap = (now_ns - self._window_from_ns - 1) // self._window_ns
+                if gap:
+                    self._window_from_ns += gap * self._window_ns
+                    self._quiet = 0
+        self._worst = raw if self._worst is None else max(raw, self._worst)
+        if self._window_from_ns + self._window_ns == now_ns:
+            self._close(self._worst)
+
+    def _close(self, worst: int) -> None:
+        self._window_from_ns += self._window_ns
+        self._worst = None
+        if worst >= self.level:
+            self._quiet = 0
+            return
+        self._quiet += 1
+        if self._quiet == self._quiet_windows:
+            self.level -= 1
+            self._quiet = 0

@@ -1,0 +1,46 @@
+"""One request inside a replica: how many tokens are known, how many of them have KV, and which blocks hold it.
+
+No prefill and no decode phase (vLLM's framing): a step hands out tokens until ``computed`` reaches ``known``, and then
+one token at a time. While a sequence decodes, its numbers stand still and are settled from the step index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.events import Submit
+
+State = Literal["waiting", "prefill", "decode", "ended"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable, owned by one Batcher."""
+
+    ask: Submit
+    digests: list[bytes]  # chain over the full blocks of all known tokens, as far as it is known
+    state: State = "waiting"
+    known: int = 0  # prompt and output tokens; while decoding: at ``decode_from``
+    computed: int = 0  # of these, with KV in ``table``
+    outputs: int = 0  # while decoding: at ``decode_from``
+    decode_from: int = 0  # step index of the first decode step
+    table: list[int] = field(default_factory=list)
+    chunk: int = 0  # tokens planned in the step in flight
+    epoch: int = 0  # calendar entries of an older epoch are stale
+    queued: int = 0  # tokens that it adds to the replica's queue
+    first_ns: int | None = None  # when a step held it first
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    preemptions: int = 0
+    told: bool = False  # the runner has it in its running set
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Strict priority, then age, then number: smaller goes first. Total, so that ties never depend on history."""
+        return (self.ask.priority, self.ask.sent_ns, self.ask.sid)
+
+    @property
+    def queue_ns(self) -> int:
+        """From submission to the first step that held it."""
+        return 0 if self.first_ns is None else self.first_ns - self.ask.sent_ns
