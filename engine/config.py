@@ -82,15 +82,15 @@ class ExactConfig(Section):
 
 
 class SemanticConfig(Section):
-    """Answers to requests that mean the same. Asked already, not answered yet: see README, "What is not there yet"."""
+    """Answers to requests that mean the same. Asked on every miss; no index answers yet (README, "Not there yet")."""
 
-    enabled: bool = False
+    enabled: bool = True
 
 
 class BreakerConfig(Section):
-    """Circuit breaker round a replica. Asked already, always closed: see README, "What is not there yet"."""
+    """Circuit breaker round a replica. Asked before every submission; always closed yet (README, "Not there yet")."""
 
-    enabled: bool = False
+    enabled: bool = True
 
 
 class OverloadConfig(Section):

@@ -54,12 +54,6 @@ class Similar(Struct):
     cosine_millionths: int = 0
 
 
-class LoopLag(Struct):
-    """How late the ingress' own timer ran: overload of the ingress rather than of the model."""
-
-    lag_ns: int
-
-
 class Drain(Struct):
     """Stop taking work; finish what runs."""
 
@@ -174,8 +168,9 @@ class RunStep(Struct):
     """One step, told as the difference to the last.
 
     A sequence joins the decode rows by itself in the step after the chunk that reached its last known token, and
-    leaves them when it is stopped or has ended; one still short of its chunks and without one this time waits. With ``at_most > 1`` (pure decode)
-    the driver may run up to that many equal steps, ending early when a sequence ends or a message waits.
+    leaves them when it is stopped or has ended; one still short of its chunks and without one this time waits.
+    With ``at_most > 1`` (pure decode) the driver may run up to that many equal steps, ending early when a sequence
+    ends or a message waits.
     """
 
     step: int
@@ -311,7 +306,7 @@ class Record(Struct):
     record: RequestRecord | LevelRecord
 
 
-GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | LoopLag | Cancel | Wake | Drain
+GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | Cancel | Wake | Drain
 GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | StoreAnswer | DropAnswer | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake
 ReplicaAction = RunStep | FirstToken | Ended | Pressure

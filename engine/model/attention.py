@@ -172,13 +172,11 @@ def _attend_gathered(paged: Paged, layer: int, query: Tensor, key: Tensor, value
     heads, tokens, dim = query.shape[1:]
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    keys, values = paged.pool.keys[layer], paged.pool.values[layer]
     q = query.view(kv_heads, group, tokens, dim)
     out = query.new_empty(tokens, kv_heads, group, dim)
     for d in paged.decodes:
         n = d.rows.shape[0]
-        k = keys.index_select(0, d.blocks).view(n, -1, kv_heads, dim).transpose(1, 2)
-        v = values.index_select(0, d.blocks).view(n, -1, kv_heads, dim).transpose(1, 2)
+        k, v = (x.view(n, -1, kv_heads, dim).transpose(1, 2) for x in paged.pool.gather(layer, d.blocks))
         one = q.index_select(2, d.rows).permute(2, 0, 1, 3)  # the group takes the query axis: K is read once for it
         out[d.rows] = F.scaled_dot_product_attention(one, k, v, d.mask, scale=scale)
     for p in paged.prefills:
@@ -186,8 +184,8 @@ def _attend_gathered(paged: Paged, layer: int, query: Tensor, key: Tensor, value
             k, v = key[0, :, None, p.start : p.stop], value[0, :, None, p.start : p.stop]
         else:
             seen = p.mask.shape[1]  # type: ignore[union-attr]
-            k = keys.index_select(0, p.blocks).view(-1, kv_heads, dim)[:seen].transpose(0, 1)[:, None]
-            v = values.index_select(0, p.blocks).view(-1, kv_heads, dim)[:seen].transpose(0, 1)[:, None]
+            pages = paged.pool.gather(layer, p.blocks)
+            k, v = (x.view(-1, kv_heads, dim)[:seen].transpose(0, 1)[:, None] for x in pages)
         # KV heads take the batch axis and are spread over their group by a stride of zero: nothing is copied
         k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
         some = q[:, :, p.start : p.stop]

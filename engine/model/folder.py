@@ -6,7 +6,9 @@ No torch at import, so that the ingress can ask for a folder too; knows nothing 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -88,8 +90,9 @@ def _convert(gguf: Path, target: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         source = {"gguf_file": gguf.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        with contextlib.redirect_stderr(io.StringIO()):  # its bars heed no setting
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
         # transformers will not save what it dequantised until it forgets that it ever was quantised
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 POISON = 1e30  # huge but finite, for the reason above
 
@@ -33,7 +34,19 @@ class KVPool:
         self.key_slots = [pages.view(-1, kv_heads, head_dim) for pages in self.keys]
         self.value_slots = [pages.view(-1, kv_heads, head_dim) for pages in self.values]
         self.device, self.dtype = self.keys[0].device, dtype
+        self._gathered = tuple(self.keys[0].new_empty((0, *shape[1:])) for _ in range(2))
         self.block_bytes = 2 * num_layers * block_tokens * kv_heads * head_dim * dtype.itemsize
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of ``blocks`` side by side, ``[n, block_tokens, kv_heads, head_dim]``; valid until the next call."""
+        n = blocks.shape[0]
+        if n > self._gathered[0].shape[0]:
+            # kept, because memory fresh from the system costs three times the copy itself in page faults
+            self._gathered = tuple(pages.new_empty((n, *pages.shape[1:])) for pages in self._gathered)
+        k, v = (buffer[:n] for buffer in self._gathered)
+        torch.index_select(self.keys[layer], 0, blocks, out=k)
+        torch.index_select(self.values[layer], 0, blocks, out=v)
+        return k, v
 
     @property
     def bytes(self) -> int:

@@ -34,6 +34,7 @@ class _Sequence:
     params: SamplingParams
     computed: int = 0
     table: list[int] = field(default_factory=list)
+    decoding: bool = False  # its chunks reached the last known token: from then on it runs by itself
 
     @property
     def outputs(self) -> int:
@@ -92,7 +93,7 @@ class TorchRunner:
             self._running.pop(sid, None)
         for start in step.start:
             seq = self._known[start.sid]
-            seq.computed, seq.table = start.computed, list(start.blocks)
+            seq.computed, seq.table, seq.decoding = start.computed, list(start.blocks), False
             self._running[start.sid] = seq
         for grow in step.grow:
             self._running[grow.sid].table += grow.blocks
@@ -101,10 +102,9 @@ class TorchRunner:
     def _step(self, chunks: dict[int, int], report: _Report) -> None:
         rows: list[tuple[_Sequence, int]] = []
         for sid, seq in self._running.items():
-            missing = len(seq.tokens) - seq.computed
-            count = chunks[sid] if sid in chunks else 1 if missing == 1 else 0
-            if not 0 <= count <= missing:
-                raise ValueError(f"a chunk of {count} tokens for sequence {sid}, which misses {missing}")
+            count = chunks.get(sid, int(seq.decoding))
+            if not 0 <= count <= len(seq.tokens) - seq.computed:
+                raise ValueError(f"a chunk of {count} for sequence {sid}: {seq.computed} of {len(seq.tokens)} are done")
             if count:
                 rows.append((seq, count))
         if not rows:
@@ -163,6 +163,7 @@ class TorchRunner:
             self._end(seq, "stop", report)
         else:
             seq.tokens.append(token)
+            seq.decoding = True
             report.tokens.setdefault(seq.sid, []).append(token)
             if seq.outputs == 1:
                 report.first.append(seq.sid)

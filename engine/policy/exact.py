@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from engine.config import ExactConfig
-from engine.events import Struct
 from engine.units import s_to_ns
+from engine.values import Struct
 
 EXPIRED_PER_PUT = 2  # more than a put adds, so what nobody asks for again leaves too, though no call is long
 

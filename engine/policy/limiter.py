@@ -11,8 +11,8 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from engine.config import LimiterConfig, TenantConfig
-from engine.events import Struct
 from engine.units import S_NS, ceil_div, s_to_ns
+from engine.values import Struct
 
 NANO = 1_000_000_000
 UNIT = NANO * S_NS  # levels count 10**-18 requests (or tokens): elapsed_ns times a rate in nano-units a second, exactly

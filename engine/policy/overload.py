@@ -8,8 +8,9 @@ Signal: head-of-line delay as in CoDel and DAGOR; hysteresis as in Breakwater. T
 from __future__ import annotations
 
 from engine.config import ClassConfig, OverloadConfig
-from engine.events import PRIORITY, Struct
+from engine.events import PRIORITY
 from engine.units import ms_to_ns
+from engine.values import Struct
 
 LEVELS = 4
 SHEDDABLE_HIGHEST = 2  # waiting sheddable work must never get standard work shed: lowest first

@@ -1,0 +1,125 @@
+"""The journal: every event that a machine was told, when, and every action it took. One JSON line each.
+
+The header makes a replay possible on its own: kind of machine, its whole config, hash key, versions. The clock is the
+driver's; wall time stands in the header only, as a label. A torn last line (a killed process) is cut and reported.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+import msgspec
+
+from engine.config import GatewayConfig, ReplicaConfig
+from engine.errors import JournalError
+from engine.events import GatewayAction, GatewayEvent, ReplicaAction, ReplicaEvent
+
+VERSION = 1
+FLUSH_BYTES = 1 << 16
+
+
+class Header(msgspec.Struct, frozen=True):
+    """First line."""
+
+    kind: Literal["gateway", "replica"]
+    config: msgspec.Raw
+    hash_key: bytes = b""
+    version: int = VERSION
+    written_at: str = ""
+    python: str = ""
+
+
+class GatewayEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What a gateway was told at ``at_ns``, and what it did."""
+
+    serial: int
+    at_ns: int
+    event: GatewayEvent
+    actions: list[GatewayAction]
+
+
+class ReplicaEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What a replica was told at ``at_ns``, and what it did."""
+
+    serial: int
+    at_ns: int
+    event: ReplicaEvent
+    actions: list[ReplicaAction]
+
+
+class JournalWriter:
+    """Appends; buffered, flushed by size and on close."""
+
+    def __init__(self, path: Path, kind: Literal["gateway", "replica"], config: GatewayConfig | ReplicaConfig) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._encoder = msgspec.json.Encoder()
+        self._file: IO[bytes] = path.open("xb", buffering=FLUSH_BYTES)
+        self._serial = 0
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        header = Header(
+            kind, msgspec.Raw(self._encoder.encode(config)), written_at=stamp, python=platform.python_version()
+        )
+        self._file.write(self._encoder.encode(header) + b"\n")
+
+    def write(
+        self, at_ns: int, event: GatewayEvent | ReplicaEvent, actions: list[GatewayAction] | list[ReplicaAction]
+    ) -> None:
+        """One line."""
+        self._file.write(self._encoder.encode((self._serial, at_ns, event, actions)) + b"\n")
+        self._serial += 1
+
+    def close(self) -> None:
+        """Flush and close; more than once is fine."""
+        self._file.close()
+
+
+class Journal(msgspec.Struct, frozen=True):
+    """A journal on disk, its header read."""
+
+    path: Path
+    header: Header
+    torn_bytes: int  # cut from the end
+
+    def config(self) -> GatewayConfig | ReplicaConfig:
+        """The machine's config as it ran."""
+        if self.header.kind == "gateway":
+            return msgspec.json.decode(self.header.config, type=GatewayConfig)
+        return msgspec.json.decode(self.header.config, type=ReplicaConfig)
+
+    def entries(self) -> Iterator[GatewayEntry | ReplicaEntry]:
+        """All whole lines, in order."""
+        decoder: msgspec.json.Decoder[GatewayEntry] | msgspec.json.Decoder[ReplicaEntry]
+        decoder = msgspec.json.Decoder(GatewayEntry if self.header.kind == "gateway" else ReplicaEntry)  # type: ignore
+        with self.path.open("rb") as file:
+            file.readline()
+            for number, line in enumerate(file, 2):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    raise JournalError(f"line {number} is damaged: {error}", where=str(self.path)) from None
+
+
+def open_journal(path: Path) -> Journal:
+    """Read the header; JournalError says what is wrong with the file."""
+    if not path.is_file():
+        raise JournalError("no such journal", where=str(path), fix="give a run folder, or a file of its journal/")
+    with path.open("rb") as file:
+        first = file.readline()
+        tail = b""
+        size = file.seek(0, 2)
+        file.seek(max(0, size - FLUSH_BYTES))
+        tail = file.read()
+    try:
+        header = msgspec.json.decode(first, type=Header)
+    except msgspec.DecodeError as error:
+        raise JournalError(f"the first line is no journal header: {error}", where=str(path)) from None
+    if header.version != VERSION:
+        raise JournalError(f"journal version {header.version}; this doorbuster reads {VERSION}", where=str(path))
+    torn = 0 if tail.endswith(b"\n") else len(tail) - (tail.rfind(b"\n") + 1)
+    return Journal(path, header, torn)

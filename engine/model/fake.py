@@ -1,0 +1,65 @@
+"""A model without weights: says a text that is known beforehand, one token a step, in the time a cost model gives.
+
+For load and quality tests of everything but the model. By default it repeats the last user message; a table can say
+more. No torch. The counting is the twin's own (``counting.py``); only the words and the waiting are added here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from engine.events import RunStep, StepShape
+from engine.model.blockhash import Hasher
+from engine.model.counting import CountingRunner
+from engine.model.stepping import SamplingParams, StepResult
+from engine.units import S_NS
+
+StepCost = Callable[[StepShape, int], int]  # (shape of the first step, how many steps later) -> ns
+
+
+class FakeRunner:
+    """A ``stepping.Runner``. ``cost_ns`` says how long a step takes; None means no time at all."""
+
+    def __init__(self, reply: Callable[[list[int]], list[int]], hasher: Hasher, cost_ns: StepCost | None) -> None:
+        self.counting = CountingRunner(hasher.block_tokens, lambda sid, i: hasher.digest("fake", str(sid), str(i)))
+        self._reply, self._cost_ns = reply, cost_ns
+        self._unsaid: dict[int, list[int]] = {}  # what is left of each answer, last token first
+
+    def submit(
+        self, sid: int, prompt: list[int], max_tokens: int, blocks: tuple[bytes, ...], params: SamplingParams
+    ) -> None:
+        """See ``stepping.Runner``."""
+        answer = self._reply(prompt)[:max_tokens]
+        self._unsaid[sid] = answer[::-1]
+        self.counting.add(sid, len(prompt), len(answer), max_tokens)
+
+    def forget(self, sid: int) -> None:
+        """See ``stepping.Runner``."""
+        self.counting.forget(sid)
+        self._unsaid.pop(sid, None)
+
+    def run(self, step: RunStep, message_waits: Callable[[], bool]) -> StepResult:
+        """See ``stepping.Runner``. Sleeps for what the steps cost."""
+        most = self.counting.steps_until_end(step) if step.at_most > 1 else 1
+        due_ns = time.monotonic_ns()
+        for ran in range(1, most + 1):
+            if self._cost_ns is not None:
+                due_ns += self._cost_ns(step.shape, ran - 1)
+                time.sleep(max(0, due_ns - time.monotonic_ns()) / S_NS)
+            if ran < most and message_waits():
+                break
+        return self.advance(step, ran)
+
+    def advance(self, step: RunStep, steps: int) -> StepResult:
+        """``steps`` steps at once, without waiting."""
+        speaking = [(sid, steps) for sid in self.counting.decoding if sid not in step.stop]
+        done = self.counting.advance(step, steps)
+        rows = self.counting.rows
+        speaking += [(c.sid, 1) for c in step.chunks if rows[c.sid].computed == rows[c.sid].known - 1]
+        tokens = [(sid, self._say(sid, n)) for sid, n in speaking]
+        return StepResult(done, [(sid, ids) for sid, ids in tokens if ids])
+
+    def _say(self, sid: int, most: int) -> list[int]:
+        unsaid = self._unsaid[sid]
+        return [unsaid.pop() for _ in range(min(most, len(unsaid)))]

@@ -1,0 +1,78 @@
+"""What a gateway process and a replica process say to each other: msgpack frames, length first, over a local socket.
+
+Facts and payload travel together here and part on arrival: the machine gets the Submit, the runner the tokens.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from engine.events import Abort, Drain, Ended, FirstToken, Pressure, Submit
+from engine.model.stepping import SamplingParams
+
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 64 << 20
+
+
+class Work(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """A Submit with the tokens it is about."""
+
+    submit: Submit
+    prompt: list[int]
+    params: SamplingParams
+
+
+class Ready(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """The replica has its weights; sent once after connecting."""
+
+    model: str
+    digest: str
+    device: str
+    dtype: str
+    threads: int
+
+
+class Output(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """What one turn of the replica brought: new tokens by submission first, then what happened, in order."""
+
+    events: list[FirstToken | Ended | Pressure]
+    tokens: list[tuple[int, list[int]]] = []
+
+
+ToReplica = Work | Abort | Drain
+FromReplica = Ready | Output
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_replica = msgspec.msgpack.Decoder(ToReplica).decode
+decode_from_replica = msgspec.msgpack.Decoder(FromReplica).decode
+
+
+def frame(message: ToReplica | FromReplica) -> bytes:
+    """One message as bytes for the socket."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+class Unframer:
+    """Bytes in any portions to whole frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The frames that ``data`` completes."""
+        self._buffer += data
+        out: list[bytes] = []
+        at = 0
+        while len(self._buffer) - at >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(self._buffer, at)
+            if size > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {size} bytes: the peer does not speak this protocol")
+            if len(self._buffer) - at - LENGTH.size < size:
+                break
+            out.append(bytes(self._buffer[at + LENGTH.size : at + LENGTH.size + size]))
+            at += LENGTH.size + size
+        del self._buffer[:at]
+        return out

@@ -1,0 +1,96 @@
+"""Submissions in flight, and who rides on them: identical requests compute once (single-flight).
+
+The first request leads; later ones with the same exact key attach and read the same tokens. A leader whose client goes
+away flies on for its followers; the last rider to leave aborts. Nobody rides on a flight of lower criticality, which
+could be shed or preempted under a more important passenger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.values import Struct
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One Submit. Mutable, owned by Flights."""
+
+    sid: int
+    key: bytes
+    priority: int
+    traffic_class: str
+    sent_ns: int
+    riders: dict[int, bool] = field(default_factory=dict)  # rid -> its client still listens; the leader comes first
+    started: bool = False  # the first token is out
+
+
+class FlightStats(Struct):
+    """Flights and riders now; attachments since the start."""
+
+    flights: int
+    riders: int
+    attached: int
+
+
+class Flights:
+    """All open submissions of one gateway."""
+
+    def __init__(self, first_sid: int) -> None:
+        self._next_sid = first_sid
+        self._open: dict[int, Flight] = {}
+        self._by_key: dict[bytes, Flight] = {}
+        self._attached = 0
+
+    def lead(self, rid: int, key: bytes, priority: int, traffic_class: str, now_ns: int) -> Flight:
+        """A new submission. Others can find it when it has a key."""
+        flight = Flight(self._next_sid, key, priority, traffic_class, now_ns, {rid: True})
+        self._next_sid += 1
+        self._open[flight.sid] = flight
+        if key:
+            self._by_key[key] = flight
+        return flight
+
+    def find(self, key: bytes, priority: int) -> Flight | None:
+        """A flight that may be joined."""
+        flight = self._by_key.get(key) if key else None
+        return flight if flight is not None and flight.priority <= priority else None
+
+    def join(self, flight: Flight, rid: int) -> None:
+        """One more rider."""
+        flight.riders[rid] = True
+        self._attached += 1
+
+    def leave(self, flight: Flight, rid: int) -> bool:
+        """This rider's client is gone. True when nobody listens any more: the computation may stop."""
+        flight.riders[rid] = False
+        deserted = not any(flight.riders.values())
+        if deserted:
+            self._hide(flight)  # nobody may join what is about to be aborted
+        return deserted
+
+    def get(self, sid: int) -> Flight | None:
+        """The open submission ``sid``."""
+        return self._open.get(sid)
+
+    def close(self, sid: int) -> Flight | None:
+        """It has ended."""
+        flight = self._open.pop(sid, None)
+        if flight is not None:
+            self._hide(flight)
+        return flight
+
+    def _hide(self, flight: Flight) -> None:
+        if self._by_key.get(flight.key) is flight:
+            del self._by_key[flight.key]
+
+    def stats(self) -> FlightStats:
+        """A snapshot."""
+        return FlightStats(len(self._open), sum(len(f.riders) for f in self._open.values()), self._attached)
+
+    def check(self) -> None:
+        """Invariants."""
+        for key, flight in self._by_key.items():
+            assert flight.key == key and self._open.get(flight.sid) is flight, "index: only open flights are found"
+            assert any(flight.riders.values()), "index: only flights that somebody listens to are found"
+        assert all(f.riders for f in self._open.values()), "riders: every flight has its leader"

@@ -1,0 +1,84 @@
+"""What a gateway remembers of one request while it is on its way, and the row it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import ClassConfig
+from engine.events import Arrive, Ended, Outcome, RequestRecord, Tier
+from engine.policy.breaker import BreakerStats
+from engine.policy.exact import ExactStats
+from engine.policy.flights import FlightStats
+from engine.policy.limiter import LimiterStats
+from engine.policy.overload import OverloadStats
+from engine.values import Struct
+
+
+@dataclass(slots=True, eq=False)
+class Trip:
+    """Mutable, owned by one Gateway."""
+
+    ask: Arrive
+    cls: ClassConfig
+    key: bytes  # exact key, or b"" where the class is not answered from caches
+    level: int  # on arrival
+    reserved_tokens: int
+    used_tokens: int = 0
+    leads: bool = False
+    replica: int | None = None
+    source: str = ""
+    tier: Tier | None = None
+    outcome: Outcome | None = None
+    error_code: str | None = None
+    first_ns: int | None = None
+    end_ns: int = 0
+    answer_id: str = ""
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    queue_ns: int = 0
+    preemptions: int = 0
+
+    @property
+    def over(self) -> bool:
+        """The client has its answer, its refusal, or is gone; only bookkeeping is left."""
+        return self.outcome is not None
+
+    def close(self, now_ns: int, outcome: Outcome) -> None:
+        """The client's end of it."""
+        assert self.outcome is None, "a request ends once"
+        self.outcome, self.end_ns = outcome, now_ns
+
+    def saw(self, ended: Ended) -> None:
+        """The end of the flight it rode on; only the leader paid for the computation."""
+        self.answer_id, self.output_tokens = ended.answer_id, ended.output_tokens
+        if self.leads:
+            self.cached_tokens, self.computed_tokens = ended.cached_tokens, ended.computed_tokens
+            self.queue_ns, self.preemptions = ended.queue_ns, ended.preemptions
+
+    def record(self) -> RequestRecord:
+        """The row in the ledger."""
+        assert self.outcome is not None, "a journey ends with an outcome"
+        ask = self.ask
+        return RequestRecord(
+            request_id=ask.request_id, tenant=ask.tenant, traffic_class=ask.traffic_class, arrived_ns=ask.arrived_ns,
+            outcome=self.outcome, level=self.level, tier=self.tier, error_code=self.error_code,
+            prompt_tokens=ask.prompt_tokens, cached_tokens=self.cached_tokens, computed_tokens=self.computed_tokens,
+            output_tokens=self.output_tokens, queue_ns=self.queue_ns, preemptions=self.preemptions,
+            ttft_ns=None if self.first_ns is None else self.first_ns - ask.arrived_ns,
+            e2e_ns=self.end_ns - ask.arrived_ns, replica=self.replica, answer_id=self.answer_id,
+        )
+
+
+class GatewayStats(Struct):
+    """What a plot or a metrics page wants to know."""
+
+    arrived: int
+    ended: int
+    in_flight: int
+    level: int
+    limiter: LimiterStats
+    exact: ExactStats
+    flights: FlightStats
+    breaker: BreakerStats
+    overload: OverloadStats

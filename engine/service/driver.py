@@ -1,0 +1,228 @@
+"""The live gateway driver: stamps the time, calls ``handle``, journals, carries out the actions, re-arms one timer.
+
+The only place in the ingress process with a clock and an event loop. One task at a time enters; an action that brings
+an event at once goes through the inbox, so ``handle`` is never entered twice. Text lives here, under the ids that the
+machine speaks of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.events import (
+    Abort,
+    Answer,
+    Arrive,
+    Attach,
+    Cancel,
+    Drain,
+    DropAnswer,
+    Ended,
+    FindSimilar,
+    FirstToken,
+    GatewayAction,
+    GatewayEvent,
+    LevelRecord,
+    Record,
+    Reject,
+    RequestRecord,
+    Similar,
+    StoreAnswer,
+    Submit,
+    Wake,
+)
+from engine.ledger.journal import JournalWriter
+from engine.model.blockhash import Hasher
+from engine.model.stepping import SamplingParams
+from engine.model.tokenizer import Detokenizer
+from engine.model.wire import Output, ToReplica, Work
+from engine.policy.gateway import Gateway
+from engine.service.stream import ClientStream, StoredAnswer, Tape
+from engine.units import S_NS
+
+
+class ReplicaLink(Protocol):
+    """The way to a replica, wherever it runs. Answers come back through ``GatewayDriver.hear``."""
+
+    def send(self, message: ToReplica) -> None:
+        """Queue a message; never blocks."""
+        ...
+
+
+class GatewayDriver:
+    """Drives one Gateway on the running asyncio loop."""
+
+    def __init__(
+        self,
+        machine: Gateway,
+        clock_ns: Callable[[], int],
+        link: ReplicaLink,
+        hasher: Hasher,
+        detokenizer: Callable[[], Detokenizer],
+        fallbacks: dict[str, str],
+        journal: JournalWriter | None = None,
+        ledger: Callable[[RequestRecord | LevelRecord], None] | None = None,
+    ) -> None:
+        """``fallbacks``: answer id to text. ``ledger`` gets every record."""
+        self.machine = machine
+        self._clock_ns, self._link, self._hasher = clock_ns, link, hasher
+        self._detokenizer, self._journal, self._ledger = detokenizer, journal, ledger
+        self._answers = {answer_id: StoredAnswer(text) for answer_id, text in fallbacks.items()}
+        self._payloads: dict[int, tuple[list[int], SamplingParams]] = {}  # of requests that may still be submitted
+        self._streams: dict[int, ClientStream] = {}
+        self._tapes: dict[int, Tape] = {}
+        self._last_rid = -1
+        self._last_ns = 0
+        self._inbox: deque[GatewayEvent] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns: int | None = None
+
+    # ------------------------------------------------------------ what the ingress calls
+
+    def now_ns(self) -> int:
+        """The machine's clock: never decreasing."""
+        self._last_ns = max(self._last_ns, self._clock_ns())
+        return self._last_ns
+
+    def next_rid(self) -> int:
+        """A number for the request that is about to arrive."""
+        self._last_rid += 1
+        return self._last_rid
+
+    def arrive(self, ask: Arrive, prompt: list[int], params: SamplingParams) -> ClientStream:
+        """A request under a number from ``next_rid``. The stream has the answer, sooner or later."""
+        stream = ClientStream(ask.rid, ask.request_id)
+        self._streams[ask.rid] = stream
+        self._payloads[ask.rid] = (prompt, params)
+        self.deliver(ask)
+        return stream
+
+    def cancel(self, rid: int) -> None:
+        """The client has gone; unknown ids are no-ops."""
+        if rid in self._streams:
+            self.deliver(Cancel(rid))
+            self._forget(rid)
+
+    def drain(self) -> None:
+        """Take no more work; finish what runs."""
+        self._link.send(Drain())
+        self.deliver(Drain())
+
+    @property
+    def in_flight(self) -> int:
+        """Clients that wait for an answer."""
+        return len(self._streams)
+
+    def close(self) -> None:
+        """No more events."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._journal is not None:
+            self._journal.close()
+
+    # ------------------------------------------------------------ what the replica says
+
+    def hear(self, output: Output) -> None:
+        """One turn of a replica: text first, then what happened."""
+        for sid, ids in output.tokens:
+            if tape := self._tapes.get(sid):
+                tape.record(ids)
+        for event in output.events:
+            if isinstance(event, Ended):
+                event = self._with_text(event)
+            self.deliver(event)
+
+    def _with_text(self, event: Ended) -> Ended:
+        tape = self._tapes[event.sid]
+        tape.close(event.reason, event.cached_tokens)
+        if event.reason not in ("stop", "length"):
+            return event
+        raw = tape.text.encode()
+        return Ended(
+            event.sid, event.reason, event.computed_tokens, event.cached_tokens, event.output_tokens, event.queue_ns,
+            event.preemptions, answer_id=self._hasher.digest("answer", raw).hex(), answer_bytes=len(raw),
+        )
+
+    # ------------------------------------------------------------ the five things
+
+    def deliver(self, event: GatewayEvent) -> None:
+        """Tell the machine, and do what it says."""
+        self._inbox.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._inbox:
+                event = self._inbox.popleft()
+                now_ns = self.now_ns()
+                actions = self.machine.handle(now_ns, event)
+                if self._journal is not None:
+                    self._journal.write(now_ns, event, actions)
+                for action in actions:
+                    self._carry_out(action)
+                if isinstance(event, Ended):
+                    self._tapes.pop(event.sid, None)
+        finally:
+            self._busy = False
+        self._arm()
+
+    def _arm(self) -> None:
+        wake_ns = self.machine.next_wake_ns()
+        if wake_ns == self._timer_ns:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_ns = None, wake_ns
+        if wake_ns is not None:
+            wait_s = max(0, wake_ns - self._clock_ns()) / S_NS
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring, wake_ns)
+
+    def _ring(self, wake_ns: int) -> None:
+        self._timer = self._timer_ns = None
+        self._last_ns = max(self._last_ns, wake_ns)  # a timer that fires a hair early is on time
+        self.deliver(Wake())
+
+    def _carry_out(self, action: GatewayAction) -> None:
+        match action:
+            case Submit(sid=sid, rid=rid):
+                prompt, params = self._payloads[rid]
+                tape = self._tapes[sid] = Tape(self._detokenizer())
+                self._listen(tape, rid, "model")
+                self._link.send(Work(action, prompt, params))
+            case Attach(sid=sid, rid=rid):
+                self._listen(self._tapes[sid], rid, "coalesced")
+            case Abort():
+                self._link.send(action)
+            case FindSimilar(rid=rid):
+                self._inbox.append(Similar(rid))
+            case Answer() | Reject():
+                self._end(action)
+            case StoreAnswer(answer_id=answer_id, sid=sid):
+                tape = self._tapes[sid]
+                self._answers[answer_id] = StoredAnswer(tape.text, tape.tokens, tape.reason)
+            case DropAnswer(answer_id=answer_id):
+                self._answers.pop(answer_id, None)
+            case Record(record=record):
+                if self._ledger is not None:
+                    self._ledger(record)
+
+    def _listen(self, tape: Tape, rid: int, tier: str) -> None:
+        stream = self._streams[rid]
+        stream.tier = tier
+        tape.attach(stream)
+
+    def _end(self, end: Answer | Reject) -> None:
+        stream = self._streams[end.rid]
+        if isinstance(end, Answer) and end.tier not in ("model", "coalesced"):
+            answer = self._answers[end.answer_id]
+            stream.reason = answer.reason
+            stream.push(answer.text, answer.tokens)
+        stream.finish(end)
+        self._forget(end.rid)
+
+    def _forget(self, rid: int) -> None:
+        del self._streams[rid], self._payloads[rid]

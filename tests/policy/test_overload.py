@@ -1,0 +1,237 @@
+"""The overload level against a replay of everything ever observed, window by window.
+
+invariant: mutation that it caught
+"""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import ClassConfig, OverloadConfig
+from engine.policy.overload import LevelChange, Overload
+from engine.units import MS_NS, S_NS
+
+CONFIG = OverloadConfig(brownout_share=0.2, degraded_share=0.4, shed_share=0.5, window_ms=100, quiet_windows=3)
+WINDOW_NS = 100 * MS_NS
+CLASSES = {
+    "recommend": ClassConfig(criticality="sheddable", slo_ttft_ms=1500),
+    "chat": ClassConfig(criticality="standard", slo_ttft_ms=3000),
+    "fraud": ClassConfig(criticality="critical", slo_ttft_ms=500),
+    "search": ClassConfig(criticality="standard", slo_ttft_ms=3000),
+}
+AT_MS = {"recommend": (300, 600, 750), "chat": (600, 1200, 1500), "fraud": (100, 200, 250), "search": (600, 1200, 1500)}
+
+Moment = tuple[int, dict[str, int]]  # when, and since when each class waits
+
+AGES_NS = st.one_of(
+    st.none(),
+    st.sampled_from([ms * MS_NS + off for row in AT_MS.values() for ms in row for off in (-1, 0)]),
+    st.integers(-5 * MS_NS, 2 * S_NS),
+)
+WAITS = st.one_of(st.just({}), st.dictionaries(st.sampled_from([*CLASSES, "unknown"]), AGES_NS, max_size=4))
+STEPS_NS = st.one_of(
+    st.sampled_from([0, 1, WINDOW_NS - 1, WINDOW_NS, WINDOW_NS + 1, 2 * WINDOW_NS, 3 * WINDOW_NS, 10**6 * WINDOW_NS]),
+    st.integers(-20 * MS_NS, 60 * MS_NS),
+    st.integers(0, 15 * WINDOW_NS),
+    st.none(),  # wait for the wake
+)
+MOVES = st.lists(st.tuples(STEPS_NS, WAITS), min_size=1, max_size=40)
+
+
+def raw_of(moment: Moment) -> tuple[int, str, int]:
+    """Level, class and age that one observation alone calls for."""
+    now_ns, oldest_ns = moment
+    callers = []
+    for order, (name, cls) in enumerate(CLASSES.items()):
+        if name in oldest_ns:
+            age_ns = max(0, now_ns - oldest_ns[name])
+            level = len([ms for ms in AT_MS[name] if age_ns >= ms * MS_NS])
+            callers.append((min(level, 2) if cls.criticality == "sheddable" else level, -order, name, age_ns))
+    if not callers:
+        return 0, "", 0
+    level, _, name, age_ns = max(callers)
+    return level, name, age_ns
+
+
+def level_after(history: list[Moment]) -> int:
+    """By the definition, from the very first observation on: one window after the other, however many."""
+    level = quiet = 0
+    from_ns = history[0][0]
+    seen: list[int] = []
+
+    def close(evidence: list[int]) -> None:
+        nonlocal level, quiet, from_ns
+        quiet = quiet + 1 if all(raw < level for raw in evidence) else 0
+        if quiet == 3:
+            level, quiet = level - 1, 0
+        from_ns += WINDOW_NS
+        seen.clear()
+
+    for moment in history:
+        now_ns, raw = moment[0], raw_of(moment)[0]
+        skipped = max(0, (now_ns - from_ns - 1) // WINDOW_NS)
+        for _ in range(min(skipped, 100)):  # a hundred tell as much as a million
+            close(list(seen) or [raw])
+        from_ns += max(0, skipped - 100) * WINDOW_NS
+        seen.append(raw)
+        if now_ns == from_ns + WINDOW_NS:
+            close(list(seen))
+        if raw > level:
+            level, quiet, from_ns = raw, 0, now_ns
+            seen.clear()
+    return level
+
+
+@settings(max_examples=500, deadline=None)
+@given(moves=MOVES)
+def test_any_history_gives_the_level_of_its_replay(moves: list[tuple[int | None, dict[str, int | None]]]) -> None:
+    overload = Overload(CONFIG, CLASSES)
+    history: list[Moment] = []
+    spent_ns = [0, 0, 0, 0]
+    now_ns, highest_ns = S_NS, 0
+    for step_ns, ages_ns in moves:
+        wake_ns = overload.next_wake_ns()
+        now_ns = (wake_ns or now_ns + 1) if step_ns is None else now_ns + step_ns
+        before, before_ns = overload.level, highest_ns
+        highest_ns = max(highest_ns, now_ns)
+        oldest_ns = {name: highest_ns - age_ns for name, age_ns in ages_ns.items() if age_ns is not None}
+        change = overload.observe(now_ns, oldest_ns)
+        overload.check()
+        history.append((highest_ns, oldest_ns))
+        raw, traffic_class, age_ns = raw_of(history[-1])
+        assert overload.level == level_after(history)
+        assert overload.level >= raw, "up at once"
+        assert overload.level <= max(before, raw), "nothing but waiting raises the level"
+        if overload.level == before:
+            assert change is None
+        else:
+            assert change == LevelChange(highest_ns, overload.level, traffic_class, age_ns)
+        wake_ns = overload.next_wake_ns()
+        if overload.level or any(name in CLASSES for name in oldest_ns):
+            assert wake_ns is not None and highest_ns < wake_ns <= highest_ns + WINDOW_NS
+        else:
+            assert wake_ns is None
+        spent_ns[before] += highest_ns - before_ns if len(history) > 1 else 0
+        assert overload.stats().level_ns == tuple(spent_ns)
+
+
+@settings(max_examples=200, deadline=None)
+@given(moves=MOVES)
+def test_a_level_is_left_only_after_three_calm_windows(moves: list[tuple[int | None, dict[str, int | None]]]) -> None:
+    overload = Overload(CONFIG, CLASSES)
+    now_ns = changed_ns = 0
+    loud_ns = 0  # when the level was last called for
+    for step_ns, ages_ns in moves:
+        until_ns = now_ns + abs(step_ns or WINDOW_NS) % (20 * WINDOW_NS)
+        oldest_ns = {name: until_ns - age_ns for name, age_ns in ages_ns.items() if age_ns is not None}
+        while now_ns < until_ns:  # as the gateway does: woken on time
+            now_ns = min(until_ns, overload.next_wake_ns() or until_ns)
+            before = overload.level
+            overload.observe(now_ns, oldest_ns)
+            raw = raw_of((now_ns, oldest_ns))[0]
+            if overload.level < before:
+                assert overload.level == before - 1, "one level at a time"
+                assert now_ns - changed_ns >= 3 * WINDOW_NS, "the count starts again for the next level"
+                assert now_ns - loud_ns >= 3 * WINDOW_NS, "three windows without a call for the level"
+            if overload.level != before:
+                changed_ns = now_ns
+            if raw >= overload.level:
+                loud_ns = now_ns
+
+
+@settings(max_examples=200, deadline=None)
+@given(ages_ns=st.lists(st.integers(0, 100 * S_NS), min_size=1, max_size=20))
+def test_sheddable_work_alone_never_gets_the_level_beyond_two(ages_ns: list[int]) -> None:
+    overload = Overload(CONFIG, CLASSES)
+    for i, age_ns in enumerate(ages_ns):
+        overload.observe(i * WINDOW_NS, {"recommend": i * WINDOW_NS - age_ns})
+        assert overload.level <= 2
+        assert overload.level == 2 or age_ns < 600 * MS_NS
+
+
+def test_up_at_once_down_one_level_after_three_calm_windows_each() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    assert overload.observe(0, {"chat": 0}) is None
+    assert overload.observe(1499 * MS_NS, {"chat": 1000 * MS_NS}) is None
+    assert overload.observe(1500 * MS_NS, {"chat": 0}) == LevelChange(1500 * MS_NS, 3, "chat", 1500 * MS_NS)
+    changes = []
+    while (wake_ns := overload.next_wake_ns()) is not None:
+        if (change := overload.observe(wake_ns, {})) is not None:
+            changes.append((change.at_ns // MS_NS, change.level, change.traffic_class))
+    assert changes == [(1800, 2, ""), (2100, 1, ""), (2400, 0, "")]
+    stats = overload.stats()
+    assert (stats.level, stats.rises, stats.falls) == (0, 1, 3)
+    assert [ns // MS_NS for ns in stats.level_ns] == [1500, 300, 300, 300]
+
+
+def test_one_loud_observation_spoils_its_window_and_the_count() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    overload.observe(0, {"fraud": -200 * MS_NS})
+    assert overload.level == 2
+    overload.observe(100 * MS_NS, {})
+    overload.observe(200 * MS_NS, {})
+    assert overload.observe(250 * MS_NS, {"fraud": 50 * MS_NS}) is None  # loud in the third window, silent at its end
+    overload.observe(300 * MS_NS, {})
+    assert overload.level == 2
+    overload.observe(400 * MS_NS, {})
+    overload.observe(500 * MS_NS, {})
+    assert overload.level == 2
+    overload.observe(600 * MS_NS, {})
+    assert overload.level == 1
+
+
+def test_a_higher_level_within_a_window_starts_it_anew() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    overload.observe(0, {"fraud": -100 * MS_NS})
+    overload.observe(70 * MS_NS, {"fraud": -180 * MS_NS})
+    assert overload.level == 3
+    assert overload.next_wake_ns() == 170 * MS_NS
+
+
+def test_waiting_at_a_lower_level_lets_the_level_fall_there_and_no_further() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    overload.observe(0, {"chat": -1500 * MS_NS})
+    for i in range(1, 20):
+        overload.observe(i * WINDOW_NS, {"chat": i * WINDOW_NS - 700 * MS_NS})
+    assert overload.level == 1
+    assert overload.observe(2 * S_NS, {"fraud": 2 * S_NS - 199 * MS_NS}) is None
+
+
+def test_a_late_call_closes_all_windows_that_are_over() -> None:
+    calm = Overload(CONFIG, CLASSES)
+    calm.observe(0, {"chat": -1500 * MS_NS})
+    assert calm.observe(601 * MS_NS, {}) == LevelChange(601 * MS_NS, 1, "", 0)  # six windows, two steps
+    assert calm.next_wake_ns() == 700 * MS_NS
+    loud = Overload(CONFIG, CLASSES)
+    loud.observe(0, {"chat": -1500 * MS_NS})
+    assert loud.observe(3600 * S_NS + 1, {"chat": 0}) is None
+    assert loud.next_wake_ns() == 3600 * S_NS + WINDOW_NS
+
+
+def test_of_equal_calls_the_first_class_of_the_configuration_is_named() -> None:
+    for names in (["search", "chat"], ["chat", "search"]):
+        overload = Overload(CONFIG, CLASSES)
+        change = overload.observe(0, {name: -1300 * MS_NS for name in names})
+        assert change == LevelChange(0, 2, "chat", 1300 * MS_NS)
+
+
+def test_a_class_nobody_configured_is_no_call() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    assert overload.observe(0, {"unknown": -3600 * S_NS}) is None
+    assert overload.next_wake_ns() is None
+
+
+def test_a_controller_that_is_off_stays_at_level_zero() -> None:
+    overload = Overload(OverloadConfig(enabled=False), CLASSES)
+    assert overload.observe(0, {"chat": -3600 * S_NS}) is None
+    assert overload.observe(S_NS, {"chat": -3600 * S_NS}) is None
+    assert (overload.level, overload.next_wake_ns()) == (0, None)
+    assert overload.stats().level_ns == (S_NS, 0, 0, 0)
+    overload.check()
+
+
+def test_nothing_seen_yet_is_nothing_to_wait_for() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    assert overload.next_wake_ns() is None
+    overload.check()
