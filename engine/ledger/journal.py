@@ -54,14 +54,16 @@ class ReplicaEntry(msgspec.Struct, frozen=True, array_like=True):
 class JournalWriter:
     """Appends; buffered, flushed by size and on close."""
 
-    def __init__(self, path: Path, kind: Literal["gateway", "replica"], config: GatewayConfig | ReplicaConfig) -> None:
+    def __init__(
+        self, path: Path, kind: Literal["gateway", "replica"], config: GatewayConfig | ReplicaConfig, hash_key: bytes
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._encoder = msgspec.json.Encoder()
         self._file: IO[bytes] = path.open("xb", buffering=FLUSH_BYTES)
         self._serial = 0
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         header = Header(
-            kind, msgspec.Raw(self._encoder.encode(config)), written_at=stamp, python=platform.python_version()
+            kind, msgspec.Raw(self._encoder.encode(config)), hash_key, written_at=stamp, python=platform.python_version()
         )
         self._file.write(self._encoder.encode(header) + b"\n")
 

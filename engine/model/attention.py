@@ -9,7 +9,9 @@ over gathered blocks on any device, or by one ``varlen_attn`` call where CUDA ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class _Decodes:
     """Rows with one query token and tables of like length, attended to in one padded batch."""
 
     rows: Tensor  # [n] in the flat batch
-    blocks: Tensor  # [n * width] block ids, padded with block 0
+    blocks: Tensor  # [n * width] block ids, short tables padded
     mask: Tensor  # [n, 1, 1, width * block_tokens], true where a key may be seen
 
 
@@ -52,6 +54,17 @@ class _Prefill:
 
 
 @dataclass(slots=True)
+class _Varlen:
+    """The whole mixed batch in the terms of ``varlen_attn``."""
+
+    borders: Tensor  # [N + 1] of the spans in the flat batch
+    keys: Tensor  # [N] of each span
+    table: Tensor  # [N, width]
+    max_queries: int
+    max_keys: int
+
+
+@dataclass(slots=True)
 class Paged:
     """What every layer of one forward needs to know, built once a step by ``plan``."""
 
@@ -59,11 +72,7 @@ class Paged:
     slots: Tensor  # [T] where each token's K and V go
     decodes: list[_Decodes] = field(default_factory=list)
     prefills: list[_Prefill] = field(default_factory=list)
-    cu_q: Tensor | None = None  # varlen only: [N + 1] borders of the spans
-    lengths: Tensor | None = None  # [N] keys of each span
-    table: Tensor | None = None  # [N, width]
-    max_q: int = 0
-    max_k: int = 0
+    varlen: _Varlen | None = None  # instead of decodes and prefills
     calls: int = 0  # layers that attended: the loader refuses a model that passes some by
 
 
@@ -78,7 +87,7 @@ def plan(pool: KVPool, spans: list[Span]) -> Paged:
     paged = Paged(pool, torch.tensor(slots, dtype=torch.long, device=pool.device))
     half = pool.dtype in (torch.float16, torch.bfloat16)
     if pool.device.type == "cuda" and half and pool.block_tokens % VARLEN_BLOCK_TOKENS == 0:
-        _plan_varlen(paged, spans)
+        paged.varlen = _plan_varlen(spans, pool.block_tokens, pool.device)
     else:
         _plan_gathered(paged, spans)
     return paged
@@ -119,25 +128,23 @@ def _bucket(bucket: list[tuple[int, int, Span]], size: int, device: torch.device
     blocks: list[int] = []
     for width, _, span in bucket:
         blocks += span.table[:width]
-        blocks += [0] * (widest - width)
+        blocks += [span.table[width - 1]] * (widest - width)  # its own: another's nan would pass the mask
     rows = torch.tensor([row for _, row, _ in bucket], device=device)
     keys = torch.tensor([span.past + 1 for _, _, span in bucket], device=device)
     mask = torch.arange(widest * size, device=device) < keys[:, None]
     return _Decodes(rows, torch.tensor(blocks, device=device), mask[:, None, None, :])
 
 
-def _plan_varlen(paged: Paged, spans: list[Span]) -> None:
-    device, size = paged.pool.device, paged.pool.block_tokens
-    lengths = [span.past + span.length for span in spans]
-    width = -(-max(lengths) // size)
-    rows = [(span.table + [0] * width)[:width] for span in spans]
-    starts = [0]
-    for span in spans:
-        starts.append(starts[-1] + span.length)
-    paged.cu_q = torch.tensor(starts, dtype=torch.int32, device=device)
-    paged.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-    paged.table = torch.tensor(rows, dtype=torch.int32, device=device)
-    paged.max_q, paged.max_k = max(span.length for span in spans), max(lengths)
+def _plan_varlen(spans: list[Span], size: int, device: torch.device) -> _Varlen:
+    keys = [span.past + span.length for span in spans]
+    width = -(-max(keys) // size)
+    borders = [0, *accumulate(span.length for span in spans)]
+    tables = [(span.table + [0] * width)[:width] for span in spans]
+
+    def tensor(numbers: Sequence[object]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    return _Varlen(tensor(borders), tensor(keys), tensor(tables), max(span.length for span in spans), max(keys))
 
 
 def paged_attention(
@@ -163,8 +170,8 @@ def paged_attention(
     pool.key_slots[layer].index_copy_(0, paged.slots, key[0].transpose(0, 1))
     pool.value_slots[layer].index_copy_(0, paged.slots, value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if paged.table is not None:
-        return _attend_varlen(paged, layer, query, scale), None
+    if paged.varlen is not None:
+        return _attend_varlen(paged.varlen, pool, layer, query, scale), None
     return _attend_gathered(paged, layer, query, key, value, scale), None
 
 
@@ -194,23 +201,24 @@ def _attend_gathered(paged: Paged, layer: int, query: Tensor, key: Tensor, value
     return out.view(1, tokens, heads, dim)
 
 
-def _attend_varlen(paged: Paged, layer: int, query: Tensor, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA builds only
+def _attend_varlen(v: _Varlen, pool: KVPool, layer: int, query: Tensor, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        paged.pool.keys[layer],
-        paged.pool.values[layer],
-        paged.cu_q,
+        pool.keys[layer],
+        pool.values[layer],
+        v.borders,
         None,
-        paged.max_q,
-        paged.max_k,
+        v.max_queries,
+        v.max_keys,
         scale=scale,
-        window_size=(-1, 0),
+        window_size=(-1, 0),  # causal, aligned to the lower right
         enable_gqa=True,
-        seqused_k=paged.lengths,
-        block_table=paged.table,
+        seqused_k=v.keys,
+        block_table=v.table,
     )
+    assert isinstance(out, Tensor)
     return out[None]
 
 

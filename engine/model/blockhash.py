@@ -17,11 +17,11 @@ class Hasher:
     """Digests under one key. ``block_tokens`` is the KV block size that chains are cut into."""
 
     def __init__(self, key: bytes, block_tokens: int) -> None:
-        self._key, self.block_tokens = key, block_tokens
+        self.key, self.block_tokens = key, block_tokens
 
     def digest(self, tag: str, *fields: str | bytes) -> bytes:
         """16 bytes over a tag and any number of fields; no two field lists run together to the same bytes."""
-        h = blake2b(key=self._key, digest_size=DIGEST_BYTES)
+        h = blake2b(key=self.key, digest_size=DIGEST_BYTES)
         for field in (tag, *fields):
             raw = field.encode() if isinstance(field, str) else field
             h.update(len(raw).to_bytes(4, "little"))
@@ -34,7 +34,7 @@ class Hasher:
 
     def extend(self, parent: bytes, tokens: list[int]) -> bytes:
         """Digest of one full block that follows ``parent``."""
-        return blake2b(parent + array("i", tokens).tobytes(), key=self._key, digest_size=DIGEST_BYTES).digest()
+        return blake2b(parent + array("i", tokens).tobytes(), key=self.key, digest_size=DIGEST_BYTES).digest()
 
     def chain(self, root: bytes, tokens: list[int]) -> tuple[bytes, ...]:
         """One digest for each full block of ``tokens``; a rest that fills no block has none."""

@@ -6,11 +6,11 @@ calendars by step index, and a row that just decodes is not touched. Same semant
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from engine.events import EndReason, Filled, RunStep, SeqEnd, StepDone
+from engine.model.blockhash import Hasher
 
 
 @dataclass(slots=True, eq=False)
@@ -31,9 +31,8 @@ class Row:
 class CountingRunner:
     """Counts tokens, ends and blocks."""
 
-    def __init__(self, block_tokens: int, digest_of: Callable[[int, int], bytes]) -> None:
-        """``digest_of(sid, index)`` names a block of generated tokens."""
-        self._block_tokens, self._digest_of = block_tokens, digest_of
+    def __init__(self, hasher: Hasher) -> None:
+        self._block_tokens, self._hasher = hasher.block_tokens, hasher
         self.rows: dict[int, Row] = {}
         self.decoding: dict[int, Row] = {}
         self._ends: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch)
@@ -115,7 +114,8 @@ class CountingRunner:
         heappush(self._fills, (row.decode_from + missing - 1, row.sid, row.epoch))
 
     def _fill(self, row: Row, filled: list[Filled]) -> None:
-        filled.append(Filled(row.sid, row.next_block, self._digest_of(row.sid, row.next_block)))
+        digest = self._hasher.digest("generated", str(row.sid), str(row.next_block))  # there are no tokens to digest
+        filled.append(Filled(row.sid, row.next_block, digest))
         row.next_block += 1
 
     def _valid(self, entry: tuple[int, int, int]) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from engine.events import RunStep, StepShape
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
+from engine.model.smalllm import small_tokenizer
 from engine.model.stepping import SamplingParams, StepResult
 from engine.units import S_NS
 
@@ -22,7 +23,7 @@ class FakeRunner:
     """A ``stepping.Runner``. ``cost_ns`` says how long a step takes; None means no time at all."""
 
     def __init__(self, reply: Callable[[list[int]], list[int]], hasher: Hasher, cost_ns: StepCost | None) -> None:
-        self.counting = CountingRunner(hasher.block_tokens, lambda sid, i: hasher.digest("fake", str(sid), str(i)))
+        self.counting = CountingRunner(hasher)
         self._reply, self._cost_ns = reply, cost_ns
         self._unsaid: dict[int, list[int]] = {}  # what is left of each answer, last token first
 
@@ -63,3 +64,21 @@ class FakeRunner:
     def _say(self, sid: int, most: int) -> list[int]:
         unsaid = self._unsaid[sid]
         return [unsaid.pop() for _ in range(min(most, len(unsaid)))]
+
+
+def speaker(table: dict[str, str]) -> Callable[[list[int]], list[int]]:
+    """What the fake says to a prompt: the table's answer to its last user message, or that message again."""
+    tokenizer = small_tokenizer()
+    start, end = (tokenizer.encode(mark)[0] for mark in ("<|im_start|>", "<|im_end|>"))
+    role = tokenizer.encode("user\n")
+
+    def reply(prompt: list[int]) -> list[int]:
+        for at in range(len(prompt) - 1, -1, -1):
+            if prompt[at] == start and prompt[at + 1 : at + 1 + len(role)] == role:
+                body = prompt[at + 1 + len(role) :]
+                said = body[: body.index(end)] if end in body else body
+                answer = table.get(tokenizer.decode(said).strip())
+                return said if answer is None else tokenizer.encode(answer)
+        return prompt[-8:]
+
+    return reply

@@ -85,7 +85,7 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
@@ -95,7 +95,7 @@ def _convert(gguf: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
         # transformers will not save what it dequantised until it forgets that it ever was quantised
         model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).update(hf_quantizer=None, is_quantized=False)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)

@@ -1,7 +1,8 @@
 """The paged KV pool: per layer K and V of ``[num_blocks, block_tokens, kv_heads, head_dim]``.
 
-Memory only: which block belongs to whom is decided by the replica machine and arrives as block tables. Zeroed, not
-empty, because a masked key still adds ``0 * value`` to its row and ``0 * nan`` is nan (PagedAttention, Kwon et al. 2023).
+Memory only: which block belongs to whom is decided by the replica machine and arrives as block tables. Zeroed, and
+cleared again for each owner, because a masked key still adds ``0 * value`` to its row, and ``0 * nan`` is nan.
+Method: PagedAttention (Kwon et al. 2023).
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-POISON = 1e30  # huge but finite, for the reason above
+POISON = 1e30  # huge but finite: it shows in a sum, and a masked zero times it is still zero
 
 
 class KVPool:
-    """``keys[layer]`` and ``values[layer]`` are pages; ``key_slots`` and ``value_slots`` see the same memory by token."""
+    """``keys[layer]`` and ``values[layer]`` are pages; ``key_slots`` and ``value_slots`` see the same by token."""
 
     def __init__(
         self,
@@ -53,8 +54,15 @@ class KVPool:
         """Bytes of the whole pool."""
         return self.num_blocks * self.block_bytes
 
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Zero ``blocks`` for a new owner: the last one may have left nan behind."""
+        self._fill(blocks, 0.0)
+
     def poison(self, blocks: Iterable[int]) -> None:
         """Fill ``blocks`` with a value that no computation survives: tests prove that nobody reads a foreign block."""
+        self._fill(blocks, POISON)
+
+    def _fill(self, blocks: Iterable[int], value: float) -> None:
         where = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
         for pages in (*self.keys, *self.values):
-            pages[where] = POISON
+            pages.index_fill_(0, where, value)

@@ -7,7 +7,7 @@ every layer attends through us. On a CPU in fp32 the linears are packed. Knows n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -70,13 +70,13 @@ def load(folder: ModelFolder, device: str = "cpu", dtype: str = "auto", threads:
 
 def load_plain(folder: ModelFolder, dtype: str = "float32", attn: str = "sdpa") -> PreTrainedModel:
     """The reference: transformers' own attention and cache on the same linears, on the CPU."""
-    model = _read(folder, getattr(torch, dtype))
+    model: PreTrainedModel = _read(folder, getattr(torch, dtype))
     pack(model)
     model.set_attn_implementation(attn)
     return model
 
 
-def refusal(model: PreTrainedModel) -> str | None:
+def refusal(model: Any) -> str | None:
     """Why paged attention would compute something else than this model means; None when it would not."""
     config = model.config.get_text_config()
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
@@ -95,12 +95,13 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _read(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+def _read(folder: ModelFolder, dtype: torch.dtype) -> Any:  # transformers' own types are too loose to say more
     if folder.path is None:
-        return small_model().to(dtype)
-    logging.disable_progress_bar()
+        return cast(Any, small_model()).to(dtype)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, local_files_only=True).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, local_files_only=True)
+        return model.eval()
     except (OSError, ValueError) as error:
         raise UserError("transformers cannot load the model", str(folder.path), str(error)) from error
 

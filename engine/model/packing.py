@@ -27,7 +27,8 @@ class PackedLinear(nn.Module):
 
 def can_pack() -> bool:
     """Whether this build of torch has oneDNN and its two private operators."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(built) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack(model: nn.Module) -> int:

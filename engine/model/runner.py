@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.events import Filled, RunStep, SeqEnd, StepDone, StepFailed
+from engine.events import Chunk, Filled, RunStep, SeqEnd, StepDone, StepFailed
 from engine.model import attention
 from engine.model.attention import Span
 from engine.model.blockhash import Hasher
@@ -59,7 +59,7 @@ class TorchRunner:
         self.pool = model.pool(num_blocks, block_tokens)
         self._hasher, self._block_tokens = hasher, block_tokens
         self._known: dict[int, _Sequence] = {}
-        self._running: dict[int, _Sequence] = {}  # in the order of their starts: the batch order
+        self._running: dict[int, _Sequence] = {}
 
     def submit(
         self, sid: int, prompt: list[int], max_tokens: int, blocks: tuple[bytes, ...], params: SamplingParams
@@ -76,9 +76,9 @@ class TorchRunner:
         """See ``stepping.Runner``."""
         report, steps = _Report(), 0
         try:
-            chunks = self._apply(step)
+            self._apply(step)
             while True:
-                self._step(chunks, report)
+                self._step(step.chunks if steps == 0 else (), report)
                 steps += 1
                 if steps >= step.at_most or report.ended or message_waits():
                     break
@@ -87,28 +87,30 @@ class TorchRunner:
         done = StepDone(steps, tuple(report.first), tuple(report.ended), tuple(report.filled))
         return StepResult(done, list(report.tokens.items()))
 
-    def _apply(self, step: RunStep) -> dict[int, int]:
-        """Bring the running set up to date; the chunks by sid."""
+    def _apply(self, step: RunStep) -> None:
+        """Bring the running set up to date."""
         for sid in step.stop:
             self._running.pop(sid, None)
+        fresh: list[int] = []
         for start in step.start:
+            fresh += start.blocks[-(-start.computed // self._block_tokens) :]
             seq = self._known[start.sid]
             seq.computed, seq.table, seq.decoding = start.computed, list(start.blocks), False
             self._running[start.sid] = seq
         for grow in step.grow:
+            fresh += grow.blocks
             self._running[grow.sid].table += grow.blocks
-        return {chunk.sid: chunk.tokens for chunk in step.chunks}
+        if fresh:
+            self.pool.clear(fresh)
 
-    def _step(self, chunks: dict[int, int], report: _Report) -> None:
-        rows: list[tuple[_Sequence, int]] = []
-        for sid, seq in self._running.items():
-            count = chunks.get(sid, int(seq.decoding))
-            if not 0 <= count <= len(seq.tokens) - seq.computed:
-                raise ValueError(f"a chunk of {count} for sequence {sid}: {seq.computed} of {len(seq.tokens)} are done")
-            if count:
-                rows.append((seq, count))
+    def _step(self, chunks: tuple[Chunk, ...], report: _Report) -> None:
+        rows = sorted(((seq, 1) for seq in self._running.values() if seq.decoding), key=lambda row: row[0].sid)
+        rows += [(self._running[chunk.sid], chunk.tokens) for chunk in chunks]
         if not rows:
             raise ValueError("a step in which no sequence runs")
+        for seq, count in rows:
+            if not 0 < count <= len(seq.tokens) - seq.computed:
+                raise ValueError(f"{count} tokens for sequence {seq.sid}: {seq.computed} of {len(seq.tokens)} are done")
         yielding = [seq for seq, count in rows if seq.computed + count == len(seq.tokens)]
         logits = self._forward(rows)
         for seq, count in rows:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SEED = 20241129
-SHAPE: dict[str, int | float | bool | list[int]] = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -72,7 +72,9 @@ def small_model() -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=small_tokenizer().vocab_size, **SHAPE)).eval()
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(vocab_size=small_tokenizer().vocab_size, **SHAPE))
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def digest() -> str:

@@ -1,7 +1,7 @@
 """What a runner is: submit a prompt, run planned steps, forget. No torch here: the fake model and the worker share it.
 
 ``RunStep`` tells the difference to the last step; the runner keeps the running set, the tokens and their KV chain.
-Results come in batch order: the order in which the sequences were started. Knows nothing of queues or clocks.
+Results come in batch order: decode rows by ``sid``, then chunks as planned. Knows nothing of queues or clocks.
 """
 
 from __future__ import annotations

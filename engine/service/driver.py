@@ -22,7 +22,6 @@ from engine.events import (
     DropAnswer,
     Ended,
     FindSimilar,
-    FirstToken,
     GatewayAction,
     GatewayEvent,
     LevelRecord,
@@ -116,6 +115,10 @@ class GatewayDriver:
     def in_flight(self) -> int:
         """Clients that wait for an answer."""
         return len(self._streams)
+
+    def open_submissions(self) -> list[int]:
+        """Submissions without an end yet, oldest first."""
+        return list(self._tapes)
 
     def close(self) -> None:
         """No more events."""

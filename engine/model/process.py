@@ -1,0 +1,192 @@
+"""The replica as a process: owns torch, listens on a local socket, runs one plain loop.
+
+``python -m engine.model.process``; its spec comes as JSON on stdin. Messages are read only between steps (deaf during a step); while nothing runs it
+sleeps in ``select``. It ends when its last gateway has hung up. Ctrl-C is the gateway's business, not its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads made neighbours 27 x slower
+
+import contextlib
+import csv
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from engine.config import ModelConfig, ReplicaConfig
+from engine.errors import UserError
+from engine.ledger.journal import JournalWriter
+from engine.model.blockhash import Hasher
+from engine.model.fake import FakeRunner, speaker
+from engine.model.stepcost import StepCost
+from engine.model.stepping import Runner
+from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_to_replica, frame
+from engine.model.worker import ReplicaDriver
+from engine.policy.replica import Replica
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """All that a replica process needs to know."""
+
+    socket_path: str
+    model: ModelConfig
+    replica: ReplicaConfig
+    hash_key: bytes
+    epoch_ns: int  # of the shared monotonic clock: both sides count from here
+    threads: int
+    cores: tuple[int, ...] = ()  # pinned to these; () = wherever
+    journal: str = ""
+    fake_cost: StepCost | None = None
+
+
+class Endpoint:
+    """Gateways' connections, read without waiting and written whole."""
+
+    def __init__(self, path: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._unframers: dict[socket.socket, Unframer] = {}
+        self._owner: dict[int, socket.socket] = {}  # gateway index (the sid's high bits) -> its connection
+        self._pending: list[ToReplica] = []
+        self.greeting = b""
+        self.deserted = False
+
+    def waits(self) -> bool:
+        """Has anybody said something?"""
+        self._read(0)
+        return bool(self._pending)
+
+    def take(self, idle: bool) -> list[ToReplica]:
+        """All messages so far; with ``idle`` sleeps until there is one."""
+        self._read(None if idle and not self._pending else 0)
+        out, self._pending = self._pending, []
+        return out
+
+    def send(self, output: Output) -> None:
+        """To the gateway of each submission; what concerns no submission goes to all."""
+        if len(self._unframers) == 1:
+            return self._write(next(iter(self._unframers)), frame(output))
+        for index, connection in list(self._owner.items()):
+            mine = [e for e in output.events if (sid := getattr(e, "sid", None)) is None or sid >> 40 == index]
+            self._write(connection, frame(Output(mine, [t for t in output.tokens if t[0] >> 40 == index])))
+        return None
+
+    def _read(self, timeout: float | None) -> None:
+        for key, _ in self._selector.select(timeout):
+            if key.fileobj is self._listener:
+                connection, _ = self._listener.accept()
+                self._unframers[connection] = Unframer()
+                self._selector.register(connection, selectors.EVENT_READ)
+                self._write(connection, self.greeting)
+                continue
+            connection = key.fileobj  # type: ignore[assignment]
+            data = b""
+            with contextlib.suppress(ConnectionError):
+                data = connection.recv(1 << 20)
+            if not data:
+                self._hang_up(connection)
+                continue
+            for raw in self._unframers[connection].feed(data):
+                message = decode_to_replica(raw)
+                if isinstance(message, Work):
+                    self._owner[message.submit.sid >> 40] = connection
+                self._pending.append(message)
+
+    def _write(self, connection: socket.socket, data: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # its hang-up is read next
+            connection.sendall(data)
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._unframers[connection]
+        self._owner = {i: c for i, c in self._owner.items() if c is not connection}
+        connection.close()
+        self.deserted = not self._unframers
+
+
+def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
+    """The model that the spec names, loaded."""
+    prefix = spec.replica.prefix
+    if spec.model.name == "fake":
+        cost = None
+        if spec.fake_cost is not None and spec.model.fake_speed != float("inf"):
+            base, speed = spec.fake_cost, spec.model.fake_speed
+            cost = lambda shape, later: round(base.ns(shape, later) / speed)  # noqa: E731
+        table = read_answers(Path(spec.model.fake_answers)) if spec.model.fake_answers else {}
+        return FakeRunner(speaker(table), hasher, cost), Ready("fake", "fake", "none", "none", 0)
+    from engine.model.loader import load, prepare  # torch: only where it is needed
+    from engine.model.runner import TorchRunner
+
+    folder = prepare(spec.model.name, lambda line: print(line, file=sys.stderr, flush=True))
+    model = load(folder, device=spec.model.device, threads=spec.threads)
+    runner = TorchRunner(model, prefix.blocks, prefix.block_tokens, hasher)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return runner, Ready(spec.model.name, model.digest, str(model.device), dtype, spec.threads)
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """``model.fake_answers``: CSV with columns prompt, answer_id, answer."""
+    try:
+        with path.open(newline="") as file:
+            return {row["prompt"].strip(): row["answer"] for row in csv.DictReader(file)}
+    except (OSError, KeyError) as error:
+        raise UserError(
+            "model.fake_answers cannot be used", where=str(path), why=repr(error),
+            fix="give a CSV file with the columns prompt,answer_id,answer",
+        ) from error
+
+
+def run(spec: WorkerSpec) -> None:
+    """Until the last gateway has hung up."""
+    hasher = Hasher(spec.hash_key, spec.replica.prefix.block_tokens)
+    runner, ready = make_runner(spec, hasher)
+    journal = JournalWriter(Path(spec.journal), "replica", spec.replica, spec.hash_key) if spec.journal else None
+    driver = ReplicaDriver(Replica(spec.replica), runner, journal)
+    endpoint = Endpoint(spec.socket_path)
+    endpoint.greeting = frame(ready)
+    last_ns, idle = 0, True
+    while not endpoint.deserted:
+        messages = endpoint.take(idle)
+        if idle and not messages:
+            continue  # somebody connected or hung up
+        last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
+        step, output = driver.begin(last_ns, messages)
+        if output is not None:
+            endpoint.send(output)
+        idle = step is None
+        if step is not None:
+            result = runner.run(step, endpoint.waits)
+            last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
+            output = driver.finish(last_ns, result)
+            if output is not None:
+                endpoint.send(output)
+    if journal is not None:
+        journal.close()
+
+
+def main() -> None:
+    """Spec on stdin; exit code 1 and one clear line on stderr for a user's mistake."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerSpec)
+    if spec.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, spec.cores)
+    try:
+        run(spec)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

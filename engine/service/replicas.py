@@ -1,0 +1,122 @@
+"""Starts replica processes and talks to them: the live ``ReplicaLink`` over a unix socket.
+
+Cores are shared out on purpose: torch on the last ones, everything else on the first. Knows processes and sockets;
+what is said on them is the machines' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import UserError
+from engine.events import Ended
+from engine.model.process import WorkerSpec
+from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_from_replica, frame
+
+START_TIMEOUT_S = 300.0  # converting weights on first use takes half a minute, a hub download longer
+
+
+def share_cores(threads: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(cores of gateway and load, cores of the replica, torch threads); no pinning on a single core.
+
+    ``threads`` 0 = all but one. Torch beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart,
+    from 136 to 145 ms (measured on two cores).
+    """
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    count = len(cores) or os.cpu_count() or 1
+    threads = threads or max(1, count - 1)
+    if len(cores) < 2 or threads >= len(cores):
+        return (), (), threads
+    return cores[: len(cores) - threads], cores[len(cores) - threads :], threads
+
+
+class ReplicaProcess(asyncio.Protocol):
+    """One worker process and the connection to it."""
+
+    def __init__(self, hear: Callable[[Output], None], lost: Callable[[], None]) -> None:
+        self._hear, self._lost = hear, lost
+        self._unframer = Unframer()
+        self._transport: asyncio.Transport | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="doorbuster-")
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._closing = False
+
+    @property
+    def socket_path(self) -> str:
+        """Where the worker listens; the folder is readable by this user alone."""
+        return str(Path(self._folder.name) / "replica.sock")
+
+    async def start(self, spec: WorkerSpec) -> Ready:
+        """Spawn, connect, wait for the weights; UserError when the worker gave up."""
+        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, spec.threads))}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "engine.model.process", stdin=asyncio.subprocess.PIPE, env=env,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(spec))
+        self._process.stdin.close()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                await loop.create_unix_connection(lambda: self, self.socket_path)
+                break
+            if self._process.returncode is not None:
+                raise UserError("the replica process gave up", why=f"exit code {self._process.returncode}; see above")
+            if loop.time() > deadline:
+                raise UserError(f"the replica process was not ready within {START_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(0.02)
+        return await self._ready
+
+    def send(self, message: ToReplica) -> None:
+        """See ``driver.ReplicaLink``. What is submitted to a lost replica fails at once."""
+        if self._transport is not None:
+            self._transport.write(frame(message))
+        elif isinstance(message, Work):
+            failed = Output([Ended(message.submit.sid, "failed")])
+            asyncio.get_running_loop().call_soon(self._hear, failed)
+
+    async def stop(self) -> None:
+        """Hang up; the worker ends by itself, or is killed after five seconds."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.close()
+        if self._process is not None and self._process.returncode is None:
+            try:
+                await asyncio.wait_for(self._process.wait(), 5.0)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._folder.cleanup()
+
+    # ------------------------------------------------------------ asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected; Ready follows."""
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Frames from the worker."""
+        for raw in self._unframer.feed(data):
+            message = decode_from_replica(raw)
+            if isinstance(message, Ready):
+                self._ready.set_result(message)
+            else:
+                self._hear(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The worker has gone, on our word or by itself."""
+        self._transport = None
+        if not self._ready.done():
+            self._ready.set_exception(UserError("the replica process gave up while it loaded the model"))
+        if not self._closing:
+            self._lost()

@@ -1,0 +1,155 @@
+"""Records to tidy frames, and back from a run folder: one row a request, one row a change of the overload level.
+
+Live and twin write the same ``RequestRecord``; here they become the same frame, so everything behind it cannot tell
+them apart. Times are integer nanoseconds from the start of the run; latencies count from the scheduled instant where
+the client's own view is known (open loop: a late sender must not hide queueing). Knows no SLO and no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import STATUS_OF_CODE, JournalError
+from engine.events import LevelRecord, RequestRecord
+
+DTYPES = {
+    "request_id": "string", "tenant": "string", "traffic_class": "string", "intent": "string", "arrived_ns": "Int64",
+    "tier": "string", "outcome": "string", "error_code": "string", "level": "Int64", "cosine": "Float64",
+    "wrong_hit": "boolean", "prompt_tokens": "Int64", "cached_tokens": "Int64", "output_tokens": "Int64",
+    "ttft_ns": "Int64", "e2e_ns": "Int64", "queue_ns": "Int64", "lateness_ns": "Int64", "replica": "Int64",
+}  # the columns of requests.parquet, in order
+CODE_OF_STATUS = {status: code for code, status in reversed(STATUS_OF_CODE.items())}  # the first code of each status
+NO_ANSWER = "connection_failed"
+NO_RECORD = "unrecorded"  # the client has an answer that the ledger knows nothing of
+START_KEY, DURATION_KEY = b"doorbuster.start_ns", b"doorbuster.duration_ns"
+RECORDS = Path("ledger", "records.ndjson")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run folder holds of its requests. ``frame`` and ``levels`` count from the start, ``records`` do not."""
+
+    frame: pd.DataFrame
+    levels: pd.DataFrame
+    records: list[RequestRecord | LevelRecord]
+    start_ns: int
+    duration_ns: int
+
+
+def requests_frame(
+    records: Iterable[RequestRecord | LevelRecord], seen: pd.DataFrame | None = None, start_ns: int = 0
+) -> pd.DataFrame:
+    """One row a request, in order of arrival; the columns of requests.parquet.
+
+    ``start_ns`` is the start of the run on the records' clock. ``seen``, one row a request as its client saw it:
+    ``request_id intent scheduled_ns ttft_ns e2e_ns lateness_ns status`` and, if known, ``tenant traffic_class
+    error_code``; ``scheduled_ns`` counts from the start of the run, ``status`` is 0 or missing where no response came.
+    Where a client has a value, it replaces the gateway's. Raises ValueError when ``seen`` names a request twice.
+    """
+    rows = [
+        {
+            "request_id": r.request_id, "tenant": r.tenant, "traffic_class": r.traffic_class,
+            "arrived_ns": r.arrived_ns - start_ns, "tier": r.tier, "outcome": r.outcome, "error_code": r.error_code,
+            "level": r.level, "cosine": None if r.cosine_millionths is None else r.cosine_millionths / 1e6,
+            "prompt_tokens": r.prompt_tokens, "cached_tokens": r.cached_tokens, "output_tokens": r.output_tokens,
+            "ttft_ns": r.ttft_ns, "e2e_ns": r.e2e_ns, "queue_ns": r.queue_ns, "replica": r.replica,
+        }
+        for r in records if isinstance(r, RequestRecord)
+    ]  # fmt: skip
+    frame = _typed(pd.DataFrame(rows, columns=list(DTYPES), dtype=object))
+    if seen is not None:
+        frame = _as_seen(frame, seen)
+    return frame.sort_values("arrived_ns", kind="stable", ignore_index=True)
+
+
+def level_frame(
+    records: Iterable[RequestRecord | LevelRecord], duration_ns: int, start_ns: int = 0
+) -> pd.DataFrame:
+    """``at_ns level``, a step function from 0 to ``duration_ns``: each level holds until the next row."""
+    changes = sorted(((r.at_ns - start_ns, r.level) for r in records if isinstance(r, LevelRecord)), key=lambda c: c[0])
+    first = next((level for at, level in reversed(changes) if at <= 0), 0)
+    steps = [(0, first), *(c for c in changes if 0 < c[0] < duration_ns)]
+    return pd.DataFrame([*steps, (duration_ns, steps[-1][1])], columns=["at_ns", "level"], dtype="int64")
+
+
+def write_run(
+    folder: Path, frame: pd.DataFrame, records: Iterable[RequestRecord | LevelRecord], duration_ns: int,
+    start_ns: int = 0,
+) -> None:  # fmt: skip
+    """requests.parquet and ledger/records.ndjson below ``folder``. Raises FileExistsError: no run overwrites a run."""
+    (folder / RECORDS).parent.mkdir(parents=True, exist_ok=True)
+    encoder = msgspec.json.Encoder()
+    with (folder / RECORDS).open("xb") as file:
+        file.writelines(encoder.encode(record) + b"\n" for record in records)
+    table = pa.Table.from_pandas(_typed(frame), preserve_index=False)
+    table = table.replace_schema_metadata(
+        {**(table.schema.metadata or {}), START_KEY: str(start_ns), DURATION_KEY: str(duration_ns)}
+    )
+    with (folder / "requests.parquet").open("xb") as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_run(folder: Path) -> Run:
+    """The reverse. A torn last record (a killed process) is cut; damage before it is a JournalError."""
+    path = folder / "requests.parquet"
+    if not path.is_file():
+        raise JournalError("no such run", where=str(folder), fix="give a run folder: one that holds requests.parquet")
+    table = pq.read_table(path)
+    meta = table.schema.metadata or {}
+    start_ns, duration_ns = int(meta.get(START_KEY, 0)), int(meta.get(DURATION_KEY, 0))
+    records = _read_records(folder / RECORDS)
+    return Run(_typed(table.to_pandas()), level_frame(records, duration_ns, start_ns), records, start_ns, duration_ns)
+
+
+def _read_records(path: Path) -> list[RequestRecord | LevelRecord]:
+    records: list[RequestRecord | LevelRecord] = []
+    if not path.is_file():
+        return records
+    decoder = msgspec.json.Decoder(RequestRecord | LevelRecord)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                records.append(decoder.decode(line))
+            except msgspec.DecodeError as error:
+                raise JournalError(f"record {number} is damaged: {error}", where=str(path)) from None
+    return records
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.reindex(columns=list(DTYPES)).astype(DTYPES)
+
+
+def _as_seen(frame: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
+    """Lay the clients' view over the gateway's, and add the requests that only clients know of."""
+    if not seen["request_id"].is_unique:
+        raise ValueError(f"seen: request {seen['request_id'][seen['request_id'].duplicated()].iloc[0]!r} is there twice")
+    view = seen.set_index(seen["request_id"].astype("string")).rename(columns={"scheduled_ns": "arrived_ns"})
+    status = pd.to_numeric(view["status"], errors="coerce").fillna(0).astype("int64")
+    why = status.map(lambda s: NO_ANSWER if s == 0 else CODE_OF_STATUS.get(s, f"http_{s}") if s >= 400 else NO_RECORD)
+    own = view.get("error_code", pd.Series(pd.NA, index=view.index)).astype("string")
+    view = _typed(view.drop(columns="request_id").rename_axis("request_id").reset_index())
+    view["error_code"] = own.fillna(why.astype("string")).array
+
+    strangers = view[~view["request_id"].isin(frame["request_id"])].copy()
+    strangers["outcome"] = "failed"
+    strangers["traffic_class"] = strangers["traffic_class"].fillna("unknown")
+
+    index = view.set_index("request_id")
+    frame = frame.copy()
+    for column in ("intent", "arrived_ns", "ttft_ns", "e2e_ns", "lateness_ns"):
+        theirs = frame["request_id"].map(index[column]).astype(DTYPES[column])
+        frame[column] = theirs.fillna(frame[column])
+    got = status.between(200, 399)
+    lost = (frame["outcome"] == "served") & ~frame["request_id"].map(got).astype("boolean").fillna(True)
+    frame.loc[lost, "error_code"] = frame["request_id"].map(index["error_code"])
+    frame.loc[lost, "outcome"] = "failed"  # answered, but the client never had it
+    return pd.concat([frame, strangers], ignore_index=True)

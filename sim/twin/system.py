@@ -1,0 +1,101 @@
+"""A whole doorbuster on the simulated clock: one gateway, one replica, a list of arrivals in, records out.
+
+The twin is told the scenario, the costs, the arrivals and how long each answer is. It is not told anything else of a
+live run. ``SimPy`` users can hand in their own environment and put a doorbuster into their own model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import simpy
+
+from engine.config import Scenario, TenantConfig, gateway_config, replica_config
+from engine.events import Answer, Arrive, LevelRecord, Reject, RequestRecord
+from engine.ledger.journal import JournalWriter
+from engine.model.blockhash import Hasher
+from engine.model.counting import CountingRunner
+from engine.model.stepcost import StepCost
+from engine.policy.gateway import Gateway
+from engine.policy.replica import Replica
+from sim.twin.driver import GatewaySim, Lags, Rank, ReplicaSim, at, now_ns
+
+
+class TwinArrival(msgspec.Struct, frozen=True, gc=False):
+    """One request of the workload, as the gateway will learn of it; ``ask.arrived_ns`` is the scheduled instant.
+
+    The answer's id says which other requests would get the same text (greedy decoding: those that ask the same).
+    """
+
+    ask: Arrive
+    output_tokens: int
+    answer_id: str
+    answer_bytes: int
+    gives_up_ns: int | None = None  # instant at which a client without an answer goes away
+
+
+class TwinRun(msgspec.Struct, frozen=True):
+    """What came of it."""
+
+    requests: list[RequestRecord]
+    levels: list[LevelRecord]
+    answers: list[Answer | Reject]
+    end_ns: int
+    busy_ns: int  # of the replica
+
+
+class TwinSystem:
+    """One gateway and one replica in ``env``."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        tenants: dict[str, TenantConfig],
+        cost: StepCost,
+        lags: Lags,
+        arrivals: list[TwinArrival],
+        hasher: Hasher,
+        folder: Path | None = None,
+        env: simpy.Environment | None = None,
+        check: bool = False,
+    ) -> None:
+        """``folder``: journals are written to its ``journal/``. ``check``: invariants after every event (slow)."""
+        self.env = env if env is not None else simpy.Environment(0)
+        self._by_rid = {arrival.ask.rid: arrival for arrival in arrivals}
+        gateway, replica = gateway_config(scenario, tenants), replica_config(scenario)
+        self._journals = [] if folder is None else [
+            JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", gateway, hasher.key),
+            JournalWriter(folder / "journal" / "replica-0.ndjson", "replica", replica, hasher.key),
+        ]
+        journals: list[JournalWriter] | list[None] = self._journals or [None, None]
+        self.gateway = GatewaySim(self.env, Gateway(gateway), lags, self._answer_of, journals[0], check)
+        self.replica = ReplicaSim(
+            self.env, Replica(replica), CountingRunner(hasher), cost, lags,
+            lambda rid: self._by_rid[rid].output_tokens, self.gateway.tell, journals[1], check,
+        )
+        self.gateway.replica = self.replica
+        for arrival in arrivals:
+            self._schedule(arrival, lags.admit_ns)
+
+    def _schedule(self, arrival: TwinArrival, admit_ns: int) -> None:
+        ask, start_ns = arrival.ask, now_ns(self.env)
+        at(self.env, Rank.ARRIVE, ask.arrived_ns + admit_ns - start_ns, lambda: self.gateway.arrive(ask))
+        if arrival.gives_up_ns is not None:
+            at(self.env, Rank.ARRIVE, arrival.gives_up_ns - start_ns, lambda: self.gateway.give_up(ask.rid))
+
+    def _answer_of(self, rid: int) -> tuple[str, int]:
+        arrival = self._by_rid[rid]
+        return arrival.answer_id, arrival.answer_bytes
+
+    def run(self) -> TwinRun:
+        """Until nothing is left to do."""
+        self.env.run()
+        for journal in self._journals:
+            journal.close()
+        records = self.gateway.records
+        return TwinRun(
+            requests=[r for r in records if isinstance(r, RequestRecord)],
+            levels=[r for r in records if isinstance(r, LevelRecord)],
+            answers=self.gateway.answers, end_ns=now_ns(self.env), busy_ns=self.replica.busy_ns,
+        )

@@ -1,0 +1,156 @@
+"""Equivalence 2: live drivers and twin, same workload, steps that take exactly ``cost(step)``: identical journals.
+
+Run: python -m pytest tests/equivalence/test_virtual_time.py -q
+Mutations it caught: plan before the mailbox is read; Ended told before the tokens' machine event; wake at a window's
+end rounded up; followers resumed in another order; a several-step run that is not cut when a message comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import (
+    BatcherConfig,
+    ClassConfig,
+    ExactConfig,
+    LimiterConfig,
+    PrefixConfig,
+    Scenario,
+    TenantConfig,
+    gateway_config,
+    replica_config,
+)
+from engine.events import Arrive
+from engine.ledger.journal import GatewayEntry, JournalWriter, ReplicaEntry, open_journal
+from engine.model.blockhash import Hasher
+from engine.model.fake import FakeRunner
+from engine.model.smalllm import small_tokenizer
+from engine.model.stepcost import StepCost
+from engine.model.stepping import SamplingParams
+from engine.model.tokenizer import Detokenizer
+from engine.model.worker import ReplicaDriver
+from engine.policy.gateway import Gateway
+from engine.policy.replica import Replica
+from engine.service.driver import GatewayDriver
+from engine.units import S_NS
+from sim.twin.driver import Lags
+from sim.twin.system import TwinArrival, TwinSystem
+from tests.equivalence.virtual import InProcessReplica, VirtualLoop
+
+COST = StepCost(
+    fixed_ns=21_000_017, prefill_token_ns=1_900_003, prefill_row_ns=500_009, decode_row_ns=2_500_001,
+    decode_kv_ns=4_001, area_ns=301,
+)
+TENANTS = {"shop": TenantConfig(), "greedy": TenantConfig(rate_rps=1.0, burst=3.0, tokens_per_s=400.0)}
+
+
+def scenario() -> Scenario:
+    """Small enough for shortage everywhere: slots, blocks, answers, patience."""
+    return Scenario(
+        name="tight",
+        classes={
+            "fraud": ClassConfig("critical", slo_ttft_ms=1000, slo_e2e_ms=1500, max_tokens=4, caches="none", pinned=True),
+            "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000),
+            "tips": ClassConfig("sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt"),
+        },
+        batcher=BatcherConfig(step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6),
+        prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
+        exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002),
+        limiter=LimiterConfig(rate_rps=500, burst=500),
+    )
+
+
+def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[int], TwinArrival]]:
+    """Request, its prompt, its answer, and the twin's view of it. A sale of twenty seconds: calm, three times too much, calm again."""
+    rng = np.random.default_rng(seed)
+    encode, decode = small_tokenizer().encode, small_tokenizer().decode
+    system = {name: encode(f"You are the desk for {name}. " + "Keep to the shop's rules. " * 6) for name in scenario().classes}
+    out = []
+    at_s = 0.0
+    for rid in range(320):
+        at_s += rng.exponential(1 / (8 if at_s < 5 or at_s > 15 else 22))
+        name = str(rng.choice(list(system), p=[0.1, 0.5, 0.4]))
+        topic = int(rng.zipf(1.4)) % 40 if name != "fraud" else 1000 + rid
+        words = f"question {topic} about the {'very ' * (topic % 13)}thing number {topic * topic}"
+        said = encode(words)[:23]
+        prompt = system[name] + said
+        tenant = "greedy" if name == "tips" and rid % 3 == 0 else "shop"
+        cls = scenario().classes[name]
+        ask = Arrive(
+            rid, f"r{rid}", tenant, name, round(at_s * S_NS), len(prompt), cls.max_tokens,
+            exact_key=hasher.digest("exact", tenant, name, decode(prompt)), text_key=hasher.digest("text", words),
+            blocks=hasher.chain(hasher.root(tenant, "fake"), prompt), pinned_blocks=len(system[name]) // 16 if name == "fraud" else 0,
+        )
+        answer = said[: cls.max_tokens]
+        text = decode(answer).encode()
+        gives_up_ns = ask.arrived_ns + round(rng.exponential(2.0) * S_NS) if rid % 9 == 0 else None
+        arrival = TwinArrival(ask, len(answer), hasher.digest("answer", text).hex(), len(text), gives_up_ns)
+        out.append((ask, prompt, answer, arrival))
+    return out
+
+
+def run_live(folder: Path, seed: int) -> None:
+    hasher = Hasher(b"key", 16)
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    config, replica = gateway_config(scenario(), TENANTS), replica_config(scenario())
+    requests = workload(hasher, seed)
+    answers = {tuple(prompt): answer for _, prompt, answer, _ in requests}
+    runner = FakeRunner(lambda prompt: answers[tuple(prompt)], hasher, None)
+    driver = ReplicaDriver(
+        Replica(replica), runner, JournalWriter(folder / "journal/replica-0.ndjson", "replica", replica, hasher.key)
+    )
+    link = InProcessReplica(loop, driver, runner, COST, lambda output: gateway.hear(output))
+    gateway = GatewayDriver(
+        Gateway(config), loop.now_ns, link, hasher, lambda: Detokenizer(small_tokenizer()), {"fallback:tips": "these five"},
+        JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
+    )
+
+    async def sale() -> None:
+        replica_task = asyncio.create_task(link.run())
+        for ask, prompt, _, arrival in requests:
+            loop.call_at(ask.arrived_ns / S_NS, gateway.arrive, ask, prompt, SamplingParams())
+            if arrival.gives_up_ns is not None:
+                loop.call_at(arrival.gives_up_ns / S_NS, gateway.cancel, ask.rid)
+        done = loop.create_future()
+        loop.call_at(120.0, done.set_result, None)
+        await done
+        replica_task.cancel()
+
+    loop.run_until_complete(sale())
+    assert gateway.in_flight == 0
+    gateway.close()
+    driver._journal.close()  # type: ignore[union-attr]
+    loop.close()
+
+
+def run_twin(folder: Path, seed: int) -> None:
+    hasher = Hasher(b"key", 16)
+    arrivals = [arrival for *_, arrival in workload(hasher, seed)]
+    TwinSystem(scenario(), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True).run()
+
+
+def lines(folder: Path, name: str) -> list[GatewayEntry | ReplicaEntry]:
+    return list(open_journal(folder / "journal" / name).entries())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int) -> None:
+    run_live(tmp_path / "live", seed)
+    run_twin(tmp_path / "twin", seed)
+    for name in ("gateway-0.ndjson", "replica-0.ndjson"):
+        live, twin = lines(tmp_path / "live", name), lines(tmp_path / "twin", name)
+        for ours, theirs in zip(live, twin, strict=False):
+            assert ours == theirs, f"{name}: first difference at {ours.at_ns / S_NS:.6f} s"
+        assert len(live) == len(twin)
+    text = (tmp_path / "live/journal/gateway-0.ndjson").read_text()
+    for what in ('"tier":"exact"', '"tier":"coalesced"', '"tier":"approximate"', '"tier":"fallback"', "rate_limited",
+                 "overloaded", '"LevelRecord"', '"DropAnswer"', '"level":2', '"Cancel"', '"Abort"', '"deadline"'):
+        assert what in text, f"the workload no longer exercises {what}"
+    assert any(e.at_most > 1 for entry in lines(tmp_path / "live", "replica-0.ndjson") for e in entry.actions
+               if hasattr(e, "at_most")), "the workload no longer runs several steps at once"
+    assert '"preemptions":' in text, "the workload no longer preempts"

@@ -1,0 +1,98 @@
+"""A world for the live drivers without waiting: an asyncio loop whose clock jumps, and a replica in the same process.
+
+Everything else is the real thing: GatewayDriver, ReplicaDriver, both machines, the fake model's words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable
+
+from engine.model.fake import FakeRunner
+from engine.model.stepcost import StepCost
+from engine.model.wire import Output, ToReplica
+from engine.model.worker import ReplicaDriver
+from engine.units import S_NS
+
+
+class _NoWait(selectors.SelectSelector):
+    """Never sleeps: when nothing is ready, the loop's clock goes to the next timer instead."""
+
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout != 0:
+            if timeout is None:
+                raise RuntimeError("deadlock: nothing is ready and no timer is set")
+            self.loop.jump()
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """``time()`` stands still while callbacks run and jumps to the next timer when none is ready."""
+
+    def __init__(self) -> None:
+        selector = _NoWait()
+        super().__init__(selector)
+        selector.loop = self
+        self._now_s = 0.0
+        self._clock_resolution = 1e-10  # less than half a nanosecond: timers that differ do not fire together
+
+    def time(self) -> float:
+        return self._now_s
+
+    def jump(self) -> None:
+        """To the next timer."""
+        self._now_s = max(self._now_s, self._scheduled[0]._when)  # type: ignore[attr-defined]
+
+    def now_ns(self) -> int:
+        """Exact: a float second holds nanoseconds without loss for months."""
+        return round(self._now_s * S_NS)
+
+
+class InProcessReplica:
+    """A ReplicaLink whose replica driver runs as a task on the same loop; steps take exactly what they cost."""
+
+    def __init__(
+        self, loop: VirtualLoop, driver: ReplicaDriver, runner: FakeRunner, cost: StepCost, hear: Callable[[Output], None]
+    ) -> None:
+        self._loop, self._driver, self._runner, self._cost, self._hear = loop, driver, runner, cost, hear
+        self._mailbox: list[ToReplica] = []
+        self._news = asyncio.Event()
+
+    def send(self, message: ToReplica) -> None:
+        self._mailbox.append(message)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        idle = True
+        while True:
+            if idle:
+                await self._news.wait()
+            self._news.clear()
+            messages, self._mailbox = self._mailbox, []
+            step, output = self._driver.begin(self._loop.now_ns(), messages)
+            self._tell(output)
+            idle = step is None
+            if step is None:
+                continue
+            end_ns = self._loop.now_ns()
+            most = self._runner.counting.steps_until_end(step) if step.at_most > 1 else 1
+            for ran in range(1, most + 1):
+                end_ns += self._cost.ns(step.shape, ran - 1)
+                await self._until(end_ns)
+                if self._mailbox:
+                    break
+            self._tell(self._driver.finish(self._loop.now_ns(), self._runner.advance(step, ran)))
+
+    def _tell(self, output: Output | None) -> None:
+        if output is not None:
+            self._loop.call_soon(self._hear, output)
+
+    async def _until(self, when_ns: int) -> None:
+        done = self._loop.create_future()
+        self._loop.call_at(when_ns / S_NS, done.set_result, None)
+        await done
