@@ -16,8 +16,9 @@ from engine.values import Section
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
-NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0, le=1e15)]  # finite: JSON has no word for infinity
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+Speed = Annotated[float, msgspec.Meta(gt=0)]  # may be inf
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -26,6 +27,7 @@ class ClassConfig(Section):
 
     criticality: Criticality
     share: Share = 0.0  # of the workload's requests
+    tenant: str = "local"  # whose requests these are, in the workload
     slo_ttft_ms: Positive = 3000
     slo_e2e_ms: Positive = 6000
     max_wait_ms: NonNegative = 0  # longest wait for the first step; 0 = the TTFT SLO: later work would be dead work
@@ -140,7 +142,7 @@ class ModelConfig(Section):
     context_tokens: Positive = 1024
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: NonNegative = 0  # torch threads of one replica; 0 = one core left for everything else
-    fake_speed: PositiveFloat = 1.0  # fake only: times the calibrated speed; inf = at once
+    fake_speed: Speed = 1.0  # fake only: times the calibrated speed; inf = at once
     fake_answers: str = ""  # fake only: CSV prompt,answer_id,answer
     seed: int = 0  # weights of `tiny`
 

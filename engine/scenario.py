@@ -61,7 +61,7 @@ def load(name: str, sets: tuple[str, ...] = ()) -> Resolved:
     _mark(tree, "", "file", origins)
     for origin, items in (("environment", _environment()), ("--set", sets)):
         for item in items:
-            key = _overlay(tree, item)
+            key = overlay(tree, item)
             _check_keys(tree, Scenario, "", Path(origin), "")
             origins[key] = origin
     try:
@@ -95,7 +95,8 @@ def _environment() -> tuple[str, ...]:
     return tuple(part for part in os.environ.get("DOORBUSTER_SET", "").split(";") if part.strip())
 
 
-def _overlay(tree: dict[str, Any], item: str) -> str:
+def overlay(tree: dict[str, Any], item: str) -> str:
+    """Lay ``section.key=value`` over a tree of sections; returns the key."""
     key, eq, raw = item.partition("=")
     key = key.strip()
     if not eq or not key:

@@ -1,6 +1,6 @@
 """The replica as a process: owns torch, listens on a local socket, runs one plain loop.
 
-``python -m engine.model.process``; its spec comes as JSON on stdin. Messages are read only between steps (deaf during a step); while nothing runs it
+``python -m engine.model.process``; its spec comes as msgpack on stdin. Messages are read only between steps (deaf during a step); while nothing runs it
 sleeps in ``select``. It ends when its last gateway has hung up. Ctrl-C is the gateway's business, not its own.
 """
 
@@ -178,7 +178,7 @@ def run(spec: WorkerSpec) -> None:
 def main() -> None:
     """Spec on stdin; exit code 1 and one clear line on stderr for a user's mistake."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerSpec)
+    spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
     if spec.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec.cores)
     try:

@@ -55,7 +55,7 @@ class Tokenizer:
         safe = [{key: self._defuse(value) for key, value in message.items()} for message in messages]
         try:
             return self._template.render(messages=safe, add_generation_prompt=True, **self._specials)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise RequestError("invalid_request", f"the model's chat template says: {error}", "messages") from error
 
     def _defuse(self, text: str) -> str:

@@ -62,7 +62,7 @@ class ReplicaProcess(asyncio.Protocol):
             sys.executable, "-m", "engine.model.process", stdin=asyncio.subprocess.PIPE, env=env,
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(spec))
+        self._process.stdin.write(msgspec.msgpack.encode(spec))
         self._process.stdin.close()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + START_TIMEOUT_S

@@ -60,6 +60,7 @@ class RunningEngine:
     driver: GatewayDriver
     ready: Ready
     app: App
+    epoch_ns: int  # on the machine's monotonic clock: the journal's zero
 
     async def drain(self) -> None:
         """Stop taking work, wait for what runs."""
@@ -130,7 +131,7 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             await asyncio.sleep(0.005)
         host, port = sock.getsockname()[:2]
         try:
-            yield RunningEngine(f"http://{host}:{port}", driver, ready, app)
+            yield RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns)
         finally:
             server.should_exit = True
             await serving

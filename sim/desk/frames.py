@@ -62,7 +62,7 @@ def requests_frame(
             "ttft_ns": r.ttft_ns, "e2e_ns": r.e2e_ns, "queue_ns": r.queue_ns, "replica": r.replica,
         }
         for r in records if isinstance(r, RequestRecord)
-    ]  # fmt: skip
+    ]
     frame = _typed(pd.DataFrame(rows, columns=list(DTYPES), dtype=object))
     if seen is not None:
         frame = _as_seen(frame, seen)
@@ -82,7 +82,7 @@ def level_frame(
 def write_run(
     folder: Path, frame: pd.DataFrame, records: Iterable[RequestRecord | LevelRecord], duration_ns: int,
     start_ns: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """requests.parquet and ledger/records.ndjson below ``folder``. Raises FileExistsError: no run overwrites a run."""
     (folder / RECORDS).parent.mkdir(parents=True, exist_ok=True)
     encoder = msgspec.json.Encoder()
@@ -130,8 +130,9 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _as_seen(frame: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
     """Lay the clients' view over the gateway's, and add the requests that only clients know of."""
-    if not seen["request_id"].is_unique:
-        raise ValueError(f"seen: request {seen['request_id'][seen['request_id'].duplicated()].iloc[0]!r} is there twice")
+    twice = seen["request_id"][seen["request_id"].duplicated()]
+    if len(twice):
+        raise ValueError(f"seen: request {twice.iloc[0]!r} is there twice")
     view = seen.set_index(seen["request_id"].astype("string")).rename(columns={"scheduled_ns": "arrived_ns"})
     status = pd.to_numeric(view["status"], errors="coerce").fillna(0).astype("int64")
     why = status.map(lambda s: NO_ANSWER if s == 0 else CODE_OF_STATUS.get(s, f"http_{s}") if s >= 400 else NO_RECORD)

@@ -91,8 +91,8 @@ def rates(frame: pd.DataFrame, duration_s: float, width_s: int = 1) -> pd.DataFr
     """``at_s offered served rejected fallback``, per second; offered at arrival, the others at their end."""
     bins = max(1, math.ceil(duration_s / width_s))
     end_ns = frame["arrived_ns"] + frame["e2e_ns"].fillna(0)
-    served = _is(frame["outcome"], "served")
-    fallback = served & _is(frame["tier"], "fallback")
+    served = equals(frame["outcome"], "served")
+    fallback = served & equals(frame["tier"], "fallback")
 
     def per_second(times_ns: pd.Series) -> np.ndarray:
         at = np.clip(times_ns.to_numpy(dtype="int64") // (width_s * S_NS), 0, bins - 1)
@@ -104,19 +104,19 @@ def rates(frame: pd.DataFrame, duration_s: float, width_s: int = 1) -> pd.DataFr
             "served": per_second(end_ns[served]), "rejected": per_second(end_ns[~served]),
             "fallback": per_second(end_ns[fallback]),
         }
-    )  # fmt: skip
+    )
 
 
 def tier_counts(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows: classes; columns: the six tiers, and ``not served``. Every row adds up to what was offered."""
-    kind = frame["tier"].where(_is(frame["outcome"], "served"), NOT_SERVED).fillna(NOT_SERVED)
+    kind = frame["tier"].where(equals(frame["outcome"], "served"), NOT_SERVED).fillna(NOT_SERVED)
     counts = pd.crosstab(frame["traffic_class"].astype(object), kind.astype(object))
     return counts.reindex(columns=[*TIERS, NOT_SERVED], fill_value=0).rename_axis(index=None, columns=None)
 
 
 def slowest(frame: pd.DataFrame, n: int = 10) -> pd.DataFrame:
     """The ``n`` slowest served requests: ``request_id traffic_class tier queue_ms prefill_ms rest_ms e2e_ms``."""
-    served = frame[_is(frame["outcome"], "served")].sort_values("e2e_ns", ascending=False, kind="stable").head(n)
+    served = frame[equals(frame["outcome"], "served")].sort_values("e2e_ns", ascending=False, kind="stable").head(n)
     e2e = served["e2e_ns"].astype("float64") / MS_NS
     ttft = (served["ttft_ns"].astype("Float64").fillna(served["e2e_ns"]).astype("float64") / MS_NS).clip(upper=e2e)
     queue = (served["queue_ns"].fillna(0).astype("float64") / MS_NS).clip(upper=ttft)
@@ -125,11 +125,11 @@ def slowest(frame: pd.DataFrame, n: int = 10) -> pd.DataFrame:
             "request_id": served["request_id"], "traffic_class": served["traffic_class"], "tier": served["tier"],
             "queue_ms": queue, "prefill_ms": ttft - queue, "rest_ms": e2e - ttft, "e2e_ms": e2e,
         }
-    ).reset_index(drop=True)  # fmt: skip
+    ).reset_index(drop=True)
 
 
-def _is(column: pd.Series, value: str) -> pd.Series:
-    """Equality as a plain mask: missing is not equal."""
+def equals(column: pd.Series, value: str) -> pd.Series:
+    """Equality as a plain mask: what is missing is not equal."""
     return (column == value).fillna(False).astype(bool)
 
 
@@ -137,7 +137,7 @@ def _waiting(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """From when and how long each request waited for its first step, in ns."""
     queue = frame["queue_ns"].fillna(0)
     seen_first = frame["tier"].isna() & frame["ttft_ns"].notna()  # broken off after its first token
-    held = (queue > 0) | _is(frame["tier"], "model") | seen_first
-    submitted = frame["replica"].notna() & ~_is(frame["tier"], "coalesced")
+    held = (queue > 0) | equals(frame["tier"], "model") | seen_first
+    submitted = frame["replica"].notna() & ~equals(frame["tier"], "coalesced")
     waited = queue.where(held, frame["e2e_ns"].fillna(0)).where(submitted, 0)
     return frame["arrived_ns"].to_numpy(dtype="int64"), waited.to_numpy(dtype="int64")

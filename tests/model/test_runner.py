@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import BLOCK, BLOCKS, Hand, hand_on, prompt_of
+from hand import BLOCK, BLOCKS, Hand, hand_on, prompt_of
 
 from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepFailed, StepShape
 from engine.model import attention
@@ -151,7 +153,7 @@ def end_of(reference, seed: int, length: int) -> tuple[list[int], int]:
 def test_an_end_token_ends_the_sequence_and_is_no_output(tiny: LoadedModel, reference) -> None:
     prompt, eos = end_of(reference, 1, 20)
     want = reference(prompt, N)
-    hand = hand_on(with_eos(tiny, eos))
+    hand = hand_on(replace(tiny, eos_ids=(eos,)))
     hand.whole(0, prompt, N)
     hand.whole(1, prompt, N, SamplingParams(ignore_eos=True))
     hand.finish(0, 1)
@@ -161,7 +163,7 @@ def test_an_end_token_ends_the_sequence_and_is_no_output(tiny: LoadedModel, refe
 
 def test_an_end_token_at_once_is_no_first_token(tiny: LoadedModel, reference) -> None:
     prompt = prompt_of(2, 20)
-    hand = hand_on(with_eos(tiny, reference(prompt, N)[0]))
+    hand = hand_on(replace(tiny, eos_ids=(reference(prompt, N)[0],)))
     hand.whole(0, prompt)
     assert (hand.out, hand.first, hand.ended) == ({}, [], {0: "stop"})
 
@@ -266,12 +268,6 @@ def test_forgotten_and_unknown_ids_are_no_ops(hand: Hand) -> None:
     hand.runner.forget(77)
     hand.step(stop=[0, 77])
     assert len(hand.out[0]) == 2 and len(hand.out[1]) == 2
-
-
-def with_eos(model: LoadedModel, *eos: int) -> LoadedModel:
-    from dataclasses import replace
-
-    return replace(model, eos_ids=eos)
 
 
 def test_the_pool_knows_its_size(hand: Hand) -> None:

@@ -1,0 +1,260 @@
+"""The HTTP face as a raw ASGI application: routes, limits, headers, and one shape for every refusal.
+
+A request passes in this order: path, method, key, room, class, body, meaning; what fails early costs nothing later, and
+the machine hears only of requests that passed all. Knows nothing of sockets (any ASGI server will do), of policies or
+of models.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from engine.config import Scenario
+from engine.errors import RequestError
+from engine.events import Answer, Arrive, Reject
+from engine.service.auth import KeyRing
+from engine.service.driver import GatewayDriver
+from engine.service.facts import FactMaker
+from engine.service.openai import (
+    DEFAULT_MODEL,
+    ChatRequest,
+    ErrorFields,
+    ErrorObject,
+    ModelCard,
+    ModelList,
+    decode_chat,
+    encode_json,
+    error_object,
+)
+from engine.service.sse import Listener, Receive, Send, Wording, event, send_stream
+from engine.units import S_NS, ceil_div
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+JSON = (b"content-type", b"application/json")
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+UNBUFFERED = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))  # proxies: pass each event on at once
+CACHE_TIERS = ("exact", "semantic", "approximate")
+
+WHY = {
+    "rate_limited": "this API key's rate limit is used up",
+    "overloaded": "too much is going on for this traffic class to be served now",
+    "breaker_open": "the model does not answer at the moment",
+    "draining": "this server is shutting down",
+    "deadline_exceeded": "there was no answer within the time that this traffic class allows",
+    "model_failed": "the model failed at this request",
+}  # what a client reads for a code of the machine's
+
+
+class Disconnected(Exception):
+    """The client left while its body was read: there is nobody to answer."""
+
+
+class Exchange:
+    """One request as it comes in, and the one response to it."""
+
+    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send, arrived_ns: int) -> None:
+        self.path: str = scope["path"]
+        self.method: str = scope["method"]
+        self.receive, self.send, self.arrived_ns = receive, send, arrived_ns
+        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        given = self.header(b"x-request-id")
+        self.request_id = given.decode() if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        self.started = False
+        self._read = not (self.header(b"transfer-encoding") or (self.header(b"content-length") or b"0") != b"0")
+
+    def header(self, name: bytes) -> bytes | None:
+        """A header's value; several are one list (RFC 9110, 5.3), so that two keys, or two classes, are none."""
+        values = [value for key, value in self._headers if key == name]
+        return b", ".join(values) if values else None
+
+    async def body(self, most_bytes: int) -> bytes:
+        """All of it, or RequestError "body_too_large" before more than that is taken in."""
+        too_large = RequestError("body_too_large", f"the body is larger than {most_bytes} bytes")
+        declared = self.header(b"content-length")
+        if declared and declared.isdigit() and int(declared) > most_bytes:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            body += message.get("body", b"")
+            if len(body) > most_bytes:
+                raise too_large
+            if not message.get("more_body", False):
+                self._read = True
+                return bytes(body)
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Status line and headers."""
+        headers.append((b"x-request-id", self.request_id.encode()))
+        if not self._read:  # else the server would have to read the rest to find the next request
+            headers.append((b"connection", b"close"))
+        self.started = True
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def whole(self, status: int, data: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """A response of known length."""
+        await self.start(status, [JSON, (b"content-length", b"%d" % len(data)), *headers])
+        await self.send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def refuse(self, error: RequestError, retry_after_ns: int | None = None, *more: tuple[bytes, bytes]) -> None:
+        """The error object, with Retry-After where waiting helps."""
+        headers = list(more)
+        if error.status in (429, 503):
+            headers.append((b"retry-after", b"%d" % max(1, ceil_div(retry_after_ns or 0, S_NS))))
+        if error.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self.whole(error.status, encode_json(error_object(error)), headers)
+
+    async def fail(self) -> None:
+        """Our own fault: the client learns the request's id, the log the rest."""
+        message = f"internal error; the server's log has the details under {self.request_id}"
+        body = ErrorObject(ErrorFields(message, "server_error", None, "internal_error"))
+        if self.started:
+            await self.send({"type": "http.response.body", "body": event(body), "more_body": False})
+        else:
+            await self.whole(500, encode_json(body), [])
+
+
+class App:
+    """``__call__`` is the ASGI application. Whoever runs it sets ``draining`` and ``replica_lost``, for readiness."""
+
+    def __init__(
+        self, driver: GatewayDriver, keyring: KeyRing, facts: FactMaker, scenario: Scenario, model_name: str
+    ) -> None:
+        self.draining = self.replica_lost = False
+        self._driver, self._keyring, self._facts, self._model = driver, keyring, facts, model_name
+        self._classes, self._limits = scenario.classes, scenario.ingress
+        self._in_flight = 0
+        self._created = int(time.time())
+        self._routes: dict[str, tuple[tuple[str, ...], Callable[[Exchange], Awaitable[None]]]] = {
+            "/v1/chat/completions": (("POST",), self._chat),
+            "/v1/models": (("GET", "HEAD"), self._models),
+            "/healthz": (("GET", "HEAD"), self._alive),
+            "/readyz": (("GET", "HEAD"), self._ready),
+        }
+
+    @property
+    def in_flight(self) -> int:
+        """Requests with a good key whose response is not over: reading, waiting or being sent."""
+        return self._in_flight
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"only HTTP is served here, not {scope['type']}")
+        exchange = Exchange(scope, receive, send, self._driver.now_ns())
+        try:
+            await self._route(exchange)
+        except RequestError as error:
+            await exchange.refuse(error)
+        except Disconnected:
+            return
+        except Exception:
+            log.exception("request %s failed", exchange.request_id)
+            await exchange.fail()
+
+    async def _route(self, exchange: Exchange) -> None:
+        if exchange.path not in self._routes:
+            raise RequestError("not_found", f"no such path; there are: {', '.join(self._routes)}")
+        methods, handler = self._routes[exchange.path]
+        if exchange.method not in methods:
+            allow = ", ".join(methods)
+            error = RequestError("method_not_allowed", f"this path takes {allow}")
+            return await exchange.refuse(error, None, (b"allow", allow.encode()))
+        return await handler(exchange)
+
+    # ------------------------------------------------------------ small answers
+
+    async def _alive(self, exchange: Exchange) -> None:
+        await exchange.whole(200, b'{"status":"alive"}', [])
+
+    async def _ready(self, exchange: Exchange) -> None:
+        if self.replica_lost:
+            raise RequestError("breaker_open", "the replica is lost")
+        if self.draining:
+            raise RequestError("draining", WHY["draining"])
+        await exchange.whole(200, b'{"status":"ready"}', [])
+
+    async def _models(self, exchange: Exchange) -> None:
+        self._keyring.authenticate(exchange.header(b"authorization"))
+        names = dict.fromkeys((self._model, DEFAULT_MODEL))
+        cards = tuple(ModelCard(name, self._created) for name in names)
+        await exchange.whole(200, encode_json(ModelList(cards)), [])
+
+    # ------------------------------------------------------------ chat
+
+    async def _chat(self, exchange: Exchange) -> None:
+        tenant = self._keyring.authenticate(exchange.header(b"authorization"))
+        if self._in_flight >= self._limits.max_in_flight:
+            raise RequestError("overloaded", f"{self._in_flight} requests are being served already")
+        self._in_flight += 1
+        try:
+            asked = exchange.header(b"x-doorbuster-class")
+            name = self._keyring.class_of(tenant, None if asked is None else asked.decode("latin-1"), self._classes)
+            ask = decode_chat(await exchange.body(self._limits.max_body_bytes))
+            if ask.model not in (self._model, DEFAULT_MODEL):
+                names = f"{self._model} or {DEFAULT_MODEL}"
+                raise RequestError("not_found", f"no such model here; ask for {names}", "model")
+            facts, prompt = self._facts.arrive(
+                self._driver.next_rid(), exchange.request_id, tenant, name, ask.conversation(), ask.params(),
+                ask.token_limit, exchange.arrived_ns,
+            )
+            await self._answer(exchange, ask, facts, prompt)
+        finally:
+            self._in_flight -= 1
+
+    async def _answer(self, exchange: Exchange, ask: ChatRequest, facts: Arrive, prompt: list[int]) -> None:
+        stream = self._driver.arrive(facts, prompt, ask.drawable())
+        level = self._driver.machine.overload.level  # a request keeps the level that it met
+        words = Wording(
+            f"chatcmpl-{exchange.request_id}", int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage
+        )
+        async with Listener(stream, exchange.receive, self._driver.cancel) as listener:
+            text = await listener.read()  # the status depends on whether there is any
+            if not ask.stream:
+                pieces = [text]
+                while text and (text := await listener.read()):
+                    pieces.append(text)
+                text = "".join(pieces)
+            if listener.gone:
+                return
+            if isinstance(stream.end, Reject):
+                return await exchange.refuse(
+                    refusal(stream.end), stream.end.retry_after_ns, (b"x-doorbuster-level", b"%d" % stream.end.level)
+                )
+            headers = [(b"x-doorbuster-tier", stream.tier.encode()), (b"x-doorbuster-level", b"%d" % level)]
+            if isinstance(stream.end, Answer):
+                headers += provenance(stream.end)
+            if ask.stream:
+                await exchange.start(200, [EVENT_STREAM, *UNBUFFERED, *headers])
+                await send_stream(exchange.send, listener, text, words, refusal)
+            else:
+                await exchange.whole(200, words.whole(text, stream), headers)
+
+
+def refusal(end: Reject) -> RequestError:
+    """A machine's code in words."""
+    if end.code == "rate_limited" and end.retry_after_ns is None:
+        return RequestError(end.code, "this request alone is more than this API key's burst: it can never pass")
+    return RequestError(end.code, WHY.get(end.code, "the request was refused"))
+
+
+def provenance(end: Answer) -> list[tuple[bytes, bytes]]:
+    """Headers that say where an answer comes from that was computed for somebody else, or earlier."""
+    headers: list[tuple[bytes, bytes]] = []
+    if end.tier in CACHE_TIERS:
+        headers.append((b"x-doorbuster-age-s", f"{end.age_ns / S_NS:.3f}".encode()))
+    if end.source:
+        headers.append((b"x-doorbuster-source", end.source.encode()))
+    if end.cosine_millionths is not None:
+        headers.append((b"x-doorbuster-cosine", f"{end.cosine_millionths / 1e6:.6f}".encode()))
+    return headers

@@ -1,0 +1,131 @@
+"""From a conversation to what the gateway machine is told of it: counts, digests, block hashes. Never its text.
+
+The live ingress and the twin call the same ``arrive``, so the twin's requests are the live ones. A class's system
+prompt is encoded once: tokenizers cut text at special tokens before all else, so the ids before such a cut and those
+after it do not depend on each other; the cut is tried out once per class. Knows no HTTP, no clock and no cache.
+"""
+
+from __future__ import annotations
+
+from os.path import commonprefix
+
+import msgspec
+
+from engine.config import Scenario
+from engine.errors import RequestError, UserError
+from engine.events import Arrive
+from engine.model.blockhash import Hasher
+from engine.model.stepping import SamplingParams
+from engine.model.tokenizer import Tokenizer
+from engine.scenario import data_path
+
+Messages = list[dict[str, str]]
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """A class's system prompt, encoded: a prompt that starts with ``text`` has ``ids`` for ``text[:cut]``."""
+
+    text: str  # up to the first letter of the user's own words
+    cut: int  # before the last special token that all of them share
+    ids: list[int]
+
+
+class FactMaker:
+    """One per served model. ``model_name`` is part of every digest: two models never share an answer or a block."""
+
+    def __init__(self, tokenizer: Tokenizer, hasher: Hasher, scenario: Scenario, model_name: str) -> None:
+        self._tokenizer, self._hasher, self._model = tokenizer, hasher, model_name
+        self._classes, self._context = scenario.classes, scenario.model.context_tokens
+        self._system = {
+            name: data_path("corpora", cls.system_prompt).read_text(encoding="utf-8").strip()
+            for name, cls in scenario.classes.items()
+            if cls.system_prompt
+        }
+        try:
+            self._openings = {name: find_opening(tokenizer, text) for name, text in self._system.items()}
+        except RequestError as error:
+            raise UserError(
+                f"model {model_name} cannot be given a system prompt", why=error.message,
+                fix="leave out system_prompt in every [classes.NAME], or take a chat model",
+            ) from None
+
+    def arrive(
+        self,
+        rid: int,
+        request_id: str,
+        tenant: str,
+        traffic_class: str,
+        messages: Messages,
+        params: SamplingParams,
+        max_tokens: int | None,
+        arrived_ns: int,
+    ) -> tuple[Arrive, list[int]]:
+        """The facts, and the prompt's token ids for the replica.
+
+        ``params.seed`` 0 means that the client gave none: with a temperature such a request has no exact key.
+        Raises RequestError when the conversation does not fit the model.
+        """
+        cls = self._classes[traffic_class]
+        text, prompt, shared_tokens = self._prompt(traffic_class, messages)
+        most = min(max_tokens or cls.max_tokens, cls.max_tokens)
+        if len(prompt) + most > self._context:
+            raise RequestError(
+                "context_length_exceeded",
+                f"the context is {self._context} tokens: the messages take {len(prompt)}, the answer up to {most}",
+                "messages",
+            )
+        hasher = self._hasher
+        last = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+        facts = Arrive(
+            rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
+            prompt_tokens=len(prompt), max_tokens=most,
+            exact_key=self._exact_key(tenant, traffic_class, params, most, text),
+            text_key=hasher.digest("text", last.strip()),
+            blocks=hasher.chain(hasher.root(tenant, self._model), prompt),
+            pinned_blocks=shared_tokens // hasher.block_tokens if cls.pinned else 0,
+        )
+        return facts, prompt
+
+    def _prompt(self, traffic_class: str, messages: Messages) -> tuple[str, list[int], int]:
+        """Text, its ids, and how many of these are the class's own system turn."""
+        system = self._system.get(traffic_class)
+        if system is None or any(turn["role"] == "system" for turn in messages):
+            text = self._tokenizer.render(messages)
+            return text, self._tokenizer.encode(text), 0
+        text = self._tokenizer.render([{"role": "system", "content": system}, *messages])
+        opening = self._openings[traffic_class]
+        if opening is None or not text.startswith(opening.text):
+            return text, self._tokenizer.encode(text), 0
+        return text, opening.ids + self._tokenizer.encode(text[opening.cut :]), len(opening.ids)
+
+    def _exact_key(self, tenant: str, traffic_class: str, params: SamplingParams, most: int, text: str) -> bytes:
+        if not params.temperature:
+            how = "greedy"  # whatever top_p and seed say
+        elif params.seed:
+            how = f"{params.temperature!r} {params.top_p!r} {params.seed}"
+        else:
+            return b""
+        return self._hasher.digest(
+            "exact", tenant, traffic_class, self._model, f"{how} {params.ignore_eos}", str(most), text
+        )
+
+
+def find_opening(tokenizer: Tokenizer, system: str) -> Opening | None:
+    """What all conversations under this system prompt begin with, or None when no special token ends its turn."""
+    first, second = (
+        tokenizer.render([{"role": "system", "content": system}, {"role": "user", "content": word}])
+        for word in ("Is", "be")
+    )
+    shared = commonprefix([first, second])
+    whole = tokenizer.encode(first)
+    for cut in range(len(shared) - 1, 0, -1):
+        head, tail = tokenizer.encode(first[:cut]), tokenizer.encode(first[cut:])
+        if head + tail == whole and _is_special(tokenizer, tail[0]):
+            return Opening(shared, cut, head)
+    return None
+
+
+def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether decoding leaves it out wherever it stands (a lone blank vanishes at the start of a text only)."""
+    word = tokenizer.encode("a")
+    return tokenizer.decode([*word, token, *word]) == tokenizer.decode(word + word)

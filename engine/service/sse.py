@@ -1,0 +1,133 @@
+"""An answer on its way to one client: piece by piece as server-sent events, or read to its end and sent whole.
+
+A ``Listener`` reads the stream and the client's side of the connection at once: whoever hangs up, before the first
+token or after, streaming or not, is noticed. Knows no routes, keys or policies; the format is OpenAI's over WHATWG's
+event streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from msgspec import UNSET
+
+from engine.errors import RequestError
+from engine.events import Reject
+from engine.service.openai import (
+    AnswerMessage,
+    Choice,
+    Chunk,
+    ChunkChoice,
+    Completion,
+    Delta,
+    Usage,
+    encode_json,
+    error_object,
+    usage_of,
+)
+from engine.service.stream import ClientStream
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+class Listener:
+    """One client and what it is read from. Leave it, however you leave, and the request is over and no task is left."""
+
+    def __init__(self, stream: ClientStream, receive: Receive, cancel: Callable[[int], None]) -> None:
+        """``receive`` has given the whole body; ``cancel`` takes the stream's rid, and knows when it is too late."""
+        self.stream, self._receive, self._cancel = stream, receive, cancel
+        self.gone = False
+        self._watch: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Listener:
+        self._watch = asyncio.create_task(self._until_gone())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._cancel(self.stream.rid)
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+
+    async def read(self) -> str:
+        """All text that is there, or the next that comes; "" when it is over, or nobody is left to read it."""
+        while True:
+            text = self.stream.take()
+            if self.gone:
+                return ""
+            if text or self.stream.end is not None:
+                return text
+            await self.stream.wait()
+
+    async def _until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self._cancel(self.stream.rid)
+        self.stream.push("", 0)  # wakes the reader
+
+
+class Wording:
+    """Puts one answer into OpenAI's words."""
+
+    def __init__(self, answer_id: str, created: int, model: str, prompt_tokens: int, usage_in_chunks: bool) -> None:
+        self._id, self._created, self._model = answer_id, created, model
+        self._prompt_tokens, self._usage_in_chunks = prompt_tokens, usage_in_chunks
+
+    def whole(self, text: str, stream: ClientStream) -> bytes:
+        """The completion object."""
+        choice = Choice(AnswerMessage(text), stream.reason)
+        return encode_json(Completion(self._id, self._created, self._model, (choice,), self._usage(stream)))
+
+    def first(self, text: str) -> bytes:
+        """The role, and the text that is there already."""
+        role = self._chunk(ChunkChoice(Delta(role="assistant", content="")))
+        return role + self.more(text) if text else role
+
+    def more(self, text: str) -> bytes:
+        """More text."""
+        return self._chunk(ChunkChoice(Delta(content=text)))
+
+    def last(self, stream: ClientStream) -> bytes:
+        """Why it ended, what it took, and the end of the stream."""
+        out = self._chunk(ChunkChoice(Delta(), finish_reason=stream.reason))
+        if self._usage_in_chunks:
+            out += event(Chunk(self._id, self._created, self._model, (), self._usage(stream)))
+        return out + DONE
+
+    def _usage(self, stream: ClientStream) -> Usage:
+        return usage_of(self._prompt_tokens, stream.output_tokens, stream.cached_tokens)
+
+    def _chunk(self, choice: ChunkChoice) -> bytes:
+        usage = None if self._usage_in_chunks else UNSET
+        return event(Chunk(self._id, self._created, self._model, (choice,), usage))
+
+
+async def send_stream(
+    send: Send, listener: Listener, text: str, words: Wording, refusal: Callable[[Reject], RequestError]
+) -> None:
+    """The body of a response whose start is sent; ``text`` was read already. A refusal that comes now is an event."""
+
+    async def body(data: bytes, more: bool = True) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    stream = listener.stream
+    await body(words.first(text))
+    while text and (text := await listener.read()):
+        await body(words.more(text))
+    if listener.gone:
+        return
+    if isinstance(stream.end, Reject):
+        await body(event(error_object(refusal(stream.end))), more=False)
+    else:
+        await body(words.last(stream), more=False)

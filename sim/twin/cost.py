@@ -1,0 +1,190 @@
+"""From measured steps to a cost model, and the file that carries it: refused where it was not measured for this use.
+
+Fit: non-negative least squares on relative error (weights 1 / t), so no coefficient is ever a negative time and short
+steps count as much as long ones. Quality is told on whole traces that the fit has not seen, beside the noise floor of
+repeated steps. Provisional: designed steps only, no residual distribution, no coefficient draws yet.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from scipy.optimize import nnls
+
+from engine.errors import CalibrationError
+from engine.events import StepShape
+from engine.model.folder import cache_dir
+from engine.model.stepcost import StepCost
+from sim.twin.driver import Lags
+
+VERSION = 1
+STALL = 1.6  # a step this much longer than predicted was held up by something else: counted, not fitted
+FEATURES = ("prefill_tokens", "prefill_rows", "decode_rows", "decode_kv_tokens", "attention_area")
+
+
+class StepSample(msgspec.Struct, frozen=True, gc=False):
+    """One measured step. ``trace``: "" for a designed step, else the held-out trace it belongs to."""
+
+    shape: StepShape
+    ns: int
+    trace: str = ""
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where steps were measured; equal machines may share a calibration."""
+
+    cpu: str
+    cores: int
+    threads: int
+    torch: str
+    device: str
+    dtype: str
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """How good it is. Errors are relative; ``traces`` were held out whole."""
+
+    steps: int
+    stalls: int
+    design_mape: float
+    trace_steps: int
+    trace_mape: float
+    trace_p95: float
+    trace_bias: float
+    trace_total: float  # predicted over measured time of all held-out steps, minus one: what throughput depends on
+    noise_floor: float  # median spread of equal steps
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """One file of ``calibrations/``."""
+
+    model: str
+    model_digest: str
+    machine: Machine
+    measured_at: str
+    cost: StepCost
+    lags: Lags
+    fit: Fit
+    hull: dict[str, tuple[int, int]]  # least and greatest value of each feature among the fitted steps
+    version: int = VERSION
+
+    def outside(self, shape: StepShape) -> bool:
+        """Does a step lie outside of what was measured?"""
+        return any(not low <= getattr(shape, name) <= high for name, (low, high) in self.hull.items())
+
+
+def fit(samples: list[StepSample]) -> tuple[StepCost, Fit, dict[str, tuple[int, int]]]:
+    """Coefficients from the designed steps, quality from the traces."""
+    design = [s for s in samples if not s.trace]
+    cost = _nnls(design)
+    kept = [s for s in design if s.ns <= STALL * cost.ns(s.shape)]
+    cost = _nnls(kept)
+    errors = _relative(cost, kept)
+    held_out = [s for s in samples if s.trace]
+    trace_errors = _relative(cost, held_out) if held_out else np.zeros(1)
+    total = sum(cost.ns(s.shape) for s in held_out) / max(1, sum(s.ns for s in held_out)) - 1 if held_out else 0.0
+    quality = Fit(
+        steps=len(kept), stalls=len(design) - len(kept), design_mape=float(np.mean(np.abs(errors))),
+        trace_steps=len(held_out), trace_mape=float(np.mean(np.abs(trace_errors))),
+        trace_p95=float(np.quantile(np.abs(trace_errors), 0.95)), trace_bias=float(np.mean(trace_errors)),
+        trace_total=total, noise_floor=_noise(design),
+    )
+    hull = {name: _range([getattr(s.shape, name) for s in kept]) for name in FEATURES}
+    return cost, quality, hull
+
+
+def _nnls(samples: list[StepSample]) -> StepCost:
+    rows = np.array([[1, *(getattr(s.shape, name) for name in FEATURES)] for s in samples], dtype=float)
+    times = np.array([s.ns for s in samples], dtype=float)
+    scale = rows.max(axis=0)
+    scale[scale == 0] = 1
+    found, _ = nnls(rows / times[:, None] / scale, np.ones(len(times)))
+    fixed, token, row, decode, kv, area = (float(c) for c in found / scale)
+    return StepCost(
+        fixed_ns=fixed, prefill_token_ns=token, prefill_row_ns=row, decode_row_ns=decode, decode_kv_ns=kv, area_ns=area
+    )
+
+
+def _relative(cost: StepCost, samples: list[StepSample]) -> np.ndarray:
+    return np.array([cost.ns(s.shape) / s.ns - 1 for s in samples])
+
+
+def _noise(samples: list[StepSample]) -> float:
+    """Half the relative difference between equal pure-decode steps that followed one another (their KV hardly grew)."""
+    pairs = [
+        abs(a.ns - b.ns) / (a.ns + b.ns)
+        for a, b in zip(samples, samples[1:], strict=False)
+        if a.shape.decode_rows == b.shape.decode_rows and not (a.shape.prefill_tokens or b.shape.prefill_tokens)
+    ]
+    return float(np.median(pairs)) if pairs else float("nan")
+
+
+def _range(values: list[int]) -> tuple[int, int]:
+    return min(values), max(values)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def this_machine(threads: int, torch: str, device: str, dtype: str) -> Machine:
+    """The machine under our feet."""
+    return Machine(_cpu(), os.cpu_count() or 1, threads, torch, device, dtype)
+
+
+def default_path(model: str) -> Path:
+    """Where ``calibrate`` writes and the others look."""
+    return cache_dir() / "calibrations" / f"{model.replace('/', '_')}.json"
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Written beside its place and renamed: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=1))
+    beside.replace(path)
+
+
+def load(path: Path) -> Calibration:
+    """Read any calibration; CalibrationError says what is wrong with the file."""
+    if not path.is_file():
+        raise CalibrationError("not measured on this machine yet", where=str(path), fix="doorbuster calibrate    (45 s)")
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except msgspec.DecodeError as error:
+        raise CalibrationError(f"not a calibration: {error}", where=str(path), fix="doorbuster calibrate") from None
+    if found.version != VERSION:
+        raise CalibrationError(f"version {found.version}, this doorbuster reads {VERSION}", str(path), fix="doorbuster calibrate")
+    return found
+
+
+def load_for(path: Path, threads: int, model: str, foreign_ok: bool = False) -> Calibration:
+    """A calibration for use on this machine, with so many torch threads; refused when it is somebody else's."""
+    found = load(path)
+    if foreign_ok:
+        return found
+    for what, theirs, ours in (
+        ("model", found.model, model),
+        ("CPU", found.machine.cpu, _cpu()),
+        ("number of cores", found.machine.cores, os.cpu_count() or 1),
+        ("number of torch threads", found.machine.threads, threads),
+    ):
+        if theirs != ours:
+            raise CalibrationError(
+                f"measured with another {what}: {theirs}; here it is {ours}", where=str(path),
+                fix="doorbuster calibrate    (45 s), or --accept-foreign-calibration",
+            )
+    return found
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

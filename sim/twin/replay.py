@@ -1,0 +1,87 @@
+"""Equivalence 1: a journal's events through a fresh machine must bring the same actions, record by record.
+
+With a threshold changed, the first record that differs says what it would have decided otherwise. Needs nothing but
+the journal: config, hash key and every event are in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config import GatewayConfig, ReplicaConfig
+from engine.errors import JournalError, ScenarioError
+from engine.ledger.journal import GatewayEntry, Journal, ReplicaEntry, open_journal
+from engine.policy.gateway import Gateway
+from engine.policy.replica import Replica
+from engine.scenario import overlay
+from engine.units import S_NS
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """The first record whose actions are not those of the journal."""
+
+    record: int
+    at_s: float
+    event: Any
+    journal: list[Any]
+    fresh: list[Any]
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """What ``doorbuster replay --json`` prints."""
+
+    journal: str
+    identical: bool
+    events: int
+    first_difference: Difference | None = None
+    torn_bytes: int = 0
+
+
+def replay(path: Path, sets: tuple[str, ...] = ()) -> Replayed:
+    """Feed the journal to a machine made from its own config, with ``sets`` (``section.key=value``) laid over it."""
+    journal = open_journal(path)
+    machine = _machine(journal, sets)
+    events = 0
+    for entry in journal.entries():
+        try:
+            fresh = machine.handle(entry.at_ns, entry.event)  # type: ignore[arg-type]
+        except (AssertionError, KeyError) as error:
+            # with other settings the journal's later events may make no sense any more
+            return _differs(journal, events, entry, [f"the machine cannot go on: {type(error).__name__}: {error}"])
+        events += 1
+        if fresh != entry.actions:
+            return _differs(journal, events - 1, entry, [msgspec.to_builtins(a) for a in fresh])
+    return Replayed(str(path), True, events, torn_bytes=journal.torn_bytes)
+
+
+def _differs(journal: Journal, record: int, entry: GatewayEntry | ReplicaEntry, fresh: list[Any]) -> Replayed:
+    said = [msgspec.to_builtins(action) for action in entry.actions]
+    event = msgspec.to_builtins(entry.event)
+    difference = Difference(record, entry.at_ns / S_NS, event, said, fresh)
+    return Replayed(str(journal.path), False, record, difference, journal.torn_bytes)
+
+
+def _machine(journal: Journal, sets: tuple[str, ...]) -> Gateway | Replica:
+    kind: type[GatewayConfig] | type[ReplicaConfig]
+    kind = GatewayConfig if journal.header.kind == "gateway" else ReplicaConfig
+    tree = msgspec.json.decode(journal.header.config)
+    for item in sets:
+        overlay(tree, item)
+    try:
+        config = msgspec.convert(tree, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ScenarioError(f"cannot set that in this {journal.header.kind} journal: {error}", where="--set") from None
+    return Gateway(config) if isinstance(config, GatewayConfig) else Replica(config)
+
+
+def journals_of(path: Path) -> list[Path]:
+    """A journal file, or all journals of a run folder."""
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob("journal/*.ndjson"))
+    if not found:
+        raise JournalError("no journal here", where=str(path), fix="give a run folder, or a file of its journal/")
+    return found
