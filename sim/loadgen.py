@@ -99,21 +99,21 @@ async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> 
             code = f"http_{response.status_code}"
         return Seen(**seen, error_code=code, e2e_ns=time.monotonic_ns() - due_ns)
     ttft_ns: int | None = None
-    code: str | None = None
+    failure: str | None = None
     usage: dict[str, Any] = {}
     async for line in response.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
         chunk = msgspec.json.decode(line[6:])
         if "error" in chunk:
-            code = chunk["error"]["code"]
+            failure = chunk["error"]["code"]
         usage = chunk.get("usage") or usage
         choices = chunk.get("choices") or [{}]
         if ttft_ns is None and (choices[0].get("delta") or {}).get("content"):
             ttft_ns = time.monotonic_ns() - due_ns
     end_ns = time.monotonic_ns() - due_ns
     return Seen(
-        **seen, ttft_ns=end_ns if ttft_ns is None else ttft_ns, e2e_ns=end_ns, error_code=code,
+        **seen, ttft_ns=end_ns if ttft_ns is None else ttft_ns, e2e_ns=end_ns, error_code=failure,
         output_tokens=usage.get("completion_tokens", 0),
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
     )

@@ -122,11 +122,8 @@ class Overload:
         """Close the windows that are over; ``raw`` belongs to the one that holds ``now_ns``."""
         while self._window_from_ns + self._window_ns < now_ns:
             self._close(raw if self._worst is None else self._worst)
-            if self.level <= raw:  # no window without observations can lower it further: the rest is one jump
-                gap = (now_ns - self._window_from_ns - 1) // self._window_ns
-                if gap:
-                    self._window_from_ns += gap * self._window_ns
-                    self._quiet = 0
+            if self.level <= raw:  # no window up to now is calm any more: an hour of them is one jump
+                self._window_from_ns += (now_ns - self._window_from_ns - 1) // self._window_ns * self._window_ns
         self._worst = raw if self._worst is None else max(raw, self._worst)
         if self._window_from_ns + self._window_ns == now_ns:
             self._close(self._worst)

@@ -36,6 +36,7 @@ from engine.units import S_NS, ceil_div
 
 log = logging.getLogger(__name__)
 
+LINGER_BYTES = 4 << 20  # of a refused body, let pass unread: many clients hear no answer before they have said all
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 JSON = (b"content-type", b"application/json")
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -67,7 +68,7 @@ class Exchange:
         given = self.header(b"x-request-id")
         self.request_id = given.decode() if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         self.started = False
-        self._read = not (self.header(b"transfer-encoding") or (self.header(b"content-length") or b"0") != b"0")
+        self._all_read = False
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; several are one list (RFC 9110, 5.3), so that two keys, or two classes, are none."""
@@ -89,16 +90,25 @@ class Exchange:
             if len(body) > most_bytes:
                 raise too_large
             if not message.get("more_body", False):
-                self._read = True
+                self._all_read = True
                 return bytes(body)
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Status line and headers."""
         headers.append((b"x-request-id", self.request_id.encode()))
-        if not self._read:  # else the server would have to read the rest to find the next request
+        if self._rest_is_too_much():
             headers.append((b"connection", b"close"))
         self.started = True
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _rest_is_too_much(self) -> bool:
+        """Whether the server should hang up rather than pass over the rest of the body to find the next request."""
+        if self._all_read:
+            return False
+        if self.header(b"transfer-encoding") or self.header(b"expect"):
+            return True  # it may never end, or never come
+        declared = self.header(b"content-length") or b"0"
+        return not declared.isdigit() or int(declared) > LINGER_BYTES
 
     async def whole(self, status: int, data: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """A response of known length."""

@@ -50,8 +50,9 @@ def requests_frame(
 
     ``start_ns`` is the start of the run on the records' clock. ``seen``, one row a request as its client saw it:
     ``request_id intent scheduled_ns ttft_ns e2e_ns lateness_ns status`` and, if known, ``tenant traffic_class
-    error_code``; ``scheduled_ns`` counts from the start of the run, ``status`` is 0 or missing where no response came.
-    Where a client has a value, it replaces the gateway's. Raises ValueError when ``seen`` names a request twice.
+    error_code``. ``scheduled_ns`` counts from the start of the run; ``status`` is 0 or missing where no response came;
+    a 200 with an error code is a stream that broke off. Where a client has a value, it replaces the gateway's.
+    Raises ValueError when ``seen`` names a request twice.
     """
     rows = [
         {
@@ -80,14 +81,18 @@ def level_frame(
 
 
 def write_run(
-    folder: Path, frame: pd.DataFrame, records: Iterable[RequestRecord | LevelRecord], duration_ns: int,
+    folder: Path, frame: pd.DataFrame, records: Iterable[RequestRecord | LevelRecord] | None, duration_ns: int,
     start_ns: int = 0,
 ) -> None:
-    """requests.parquet and ledger/records.ndjson below ``folder``. Raises FileExistsError: no run overwrites a run."""
-    (folder / RECORDS).parent.mkdir(parents=True, exist_ok=True)
-    encoder = msgspec.json.Encoder()
-    with (folder / RECORDS).open("xb") as file:
-        file.writelines(encoder.encode(record) + b"\n" for record in records)
+    """requests.parquet and ledger/records.ndjson below ``folder``. Raises FileExistsError: no run overwrites a run.
+
+    ``records`` None: the engine has written its own ledger there already.
+    """
+    if records is not None:
+        (folder / RECORDS).parent.mkdir(parents=True, exist_ok=True)
+        encoder = msgspec.json.Encoder()
+        with (folder / RECORDS).open("xb") as file:
+            file.writelines(encoder.encode(record) + b"\n" for record in records)
     table = pa.Table.from_pandas(_typed(frame), preserve_index=False)
     table = table.replace_schema_metadata(
         {**(table.schema.metadata or {}), START_KEY: str(start_ns), DURATION_KEY: str(duration_ns)}
@@ -149,7 +154,7 @@ def _as_seen(frame: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
     for column in ("intent", "arrived_ns", "ttft_ns", "e2e_ns", "lateness_ns"):
         theirs = frame["request_id"].map(index[column]).astype(DTYPES[column])
         frame[column] = theirs.fillna(frame[column])
-    got = status.between(200, 399)
+    got = status.between(200, 399) & own.isna()
     lost = (frame["outcome"] == "served") & ~frame["request_id"].map(got).astype("boolean").fillna(True)
     frame.loc[lost, "error_code"] = frame["request_id"].map(index["error_code"])
     frame.loc[lost, "outcome"] = "failed"  # answered, but the client never had it

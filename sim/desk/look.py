@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
 
-import matplotlib
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -25,9 +25,11 @@ TIER_COLOURS = {
     "model": "#332288", NOT_SERVED: LOST,
 }
 DARK_TIERS = ("semantic", "fallback", "model")
-STAGE_COLOURS = {"queue": "#C6DBEF", "prefill, to the first token": "#6BAED6", "rest of the answer": "#2171B5"}
+STAGE_COLOURS = {"queue": "#C6DBEF", "prefill": "#6BAED6", "decode": "#2171B5"}
+STAGE_WORDS = {"queue": "queue", "prefill": "prefill, to the first token", "decode": "decode, the rest of the answer"}
 WIDTH_IN = 7.4
 TITLE_CHARS = 88
+RUN_NAME = "run-name"  # group id of a run's name above a figure
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": QUIET,
@@ -44,9 +46,9 @@ P = ParamSpec("P")
 
 def style() -> None:
     """For notebooks: the same look for what is drawn by hand, and figures shown inline."""
-    import matplotlib.pyplot  # noqa: F401  (its import is what tells the notebook how to show a figure)
+    import matplotlib.pyplot as plt  # its import tells the notebook how to show a figure
 
-    matplotlib.rcParams.update(STYLE)
+    plt.rcParams.update(STYLE)
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -54,7 +56,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
+        with mpl.rc_context(STYLE):
             return draw(*args, **kwargs)
 
     return drawn
@@ -67,8 +69,18 @@ def headed(figure: Figure, finding: str, runs: list[str]) -> Figure:
     height_in = figure.get_size_inches()[1]
     y = 1 - (0.06 + 0.165 * len(lines)) / height_in
     for i, who in enumerate(runs):
-        figure.text(0.008 + 0.055 * i, y, who, color=COLOUR_OF_RUN[who], va="top", weight="bold")
+        figure.text(0.008 + 0.055 * i, y, who, color=COLOUR_OF_RUN[who], va="top", weight="bold", gid=RUN_NAME)
     return figure
+
+
+def take_heading(figure: Figure) -> tuple[str, list[str]]:
+    """A figure's title and run names, taken off it: a page sets them as text that wraps and can be searched."""
+    title = " ".join(figure.get_suptitle().split()).replace(r"\$", "$")
+    figure.suptitle("").set_in_layout(False)
+    names = [text for text in figure.texts if text.get_gid() == RUN_NAME]
+    for text in names:
+        text.remove()
+    return title, [text.get_text() for text in names]
 
 
 def plain(text: object, most: int = 40) -> str:

@@ -17,8 +17,7 @@ h1 .mark { display: inline-block; margin-right: .5rem; padding: .1rem .6rem; bor
 .yes .mark { background: #117733; } .no .mark { background: #b3261e; }
 h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 ul.seen { margin: 0; padding: 0; list-style: none; }
-ul.seen li { margin: .2rem 0; padding-left: 1.5rem; text-indent: -1.5rem; overflow-wrap: anywhere; }
-ul.seen b { display: inline-block; min-width: 1.5rem; text-indent: 0; }
+ul.seen li { display: flex; gap: .6rem; margin: .2rem 0; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: .4rem 1.5rem; margin: 0;
   padding: .8rem 1rem; background: #f6f6f4; border-radius: .4rem; font-size: .9rem; }
 dl div { display: flex; gap: .6rem; } dt { min-width: 6.5rem; color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
@@ -29,15 +28,18 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; overflow-wra
 tbody th { text-align: left; font-weight: 400; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 tr.section th { padding-top: .9rem; font-weight: 700; }
-.live { color: #222; } .twin { color: #a64b00; }
-figure { margin: 1.2rem 0 .4rem; } figure svg { display: block; width: 100%; min-width: 36rem; height: auto; }
+.live { color: #222; } .twin { color: #b35400; } td { white-space: nowrap; }
+figure { margin: .6rem 0 .4rem; } figure svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+figcaption { margin-bottom: .6rem; } figcaption strong { display: block; font-weight: 600; }
+figcaption b { margin-right: .6rem; }
 details { margin: .2rem 0 1rem; font-size: .85rem; } summary { cursor: pointer; color: #333; padding: .3rem 0; }
 section > .wide table:not(.compare), details table { white-space: nowrap; }
 .note { color: #555; font-size: .85rem; }
 @media (max-width: 34rem) { body { font-size: 15px; } h1 { font-size: 1.3rem; } th, td { padding: .2rem .35rem; }
-  .compare { font-size: .85rem; } }
+  .compare { font-size: .85rem; }
+  .hint::before { content: "scroll sideways"; display: block; color: #777; font-size: .8rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, tr, dl { break-inside: avoid; }
-  figure svg { min-width: 0; } h2 { break-after: avoid; } 
+  figure svg { min-width: 0; } h2 { break-after: avoid; }
   .wide { overflow: visible; } details:not([open]) { display: none; }
   dl { border: 1px solid #ccc; } }
 """
@@ -67,7 +69,7 @@ PAGE = """{% macro compare(sections) %}<div class="wide"><table class="compare">
 <p class="kicker">{{ kicker }}</p>
 <h1>{% if mark %}<span class="mark">{{ mark }}</span>{% endif %}{{ sentence }}</h1>
 {% if seen %}<ul class="seen">
-{% for ok, line in seen %}<li><b>{{ "✓" if ok else "✗" }}</b> {{ line }}</li>
+{% for ok, line in seen %}<li><b>{{ "✓" if ok else "✗" }}</b><span>{{ line }}</span></li>
 {% endfor %}</ul>{% endif %}
 </header>
 <main>
@@ -81,13 +83,15 @@ only where {{ p99_from }} or more requests carry it.
 {%- if columns|length == 2 %} Difference: twin against live; pp are percentage points.{% endif %}</p>
 </section>
 <section><h2>By class</h2>
-<div class="wide">{{ grid(glance) }}</div>
+<div class="wide hint">{{ grid(glance) }}</div>
 <details><summary>Line by line{% if columns|length == 2 %}, with differences{% endif %}</summary>
 {{ compare(by_class) }}
 </details>
 </section>
 {% for figure in figures %}<section><h2>{{ figure.heading }}</h2>
-<figure><div class="wide">{{ figure.svg }}</div></figure>
+<figure><figcaption><strong>{{ figure.finding }}</strong>
+{%- for name in figure.names %} <b class="{{ name }}">{{ name }}</b>{% endfor %}</figcaption>
+<div class="wide hint">{{ figure.svg }}</div></figure>
 <details><summary>{{ figure.caption }}</summary><div class="wide">{{ grid(figure.table) }}</div></details>
 </section>
 {% endfor %}

@@ -25,6 +25,7 @@ from sim.desk.look import (
     QUIET,
     SLO,
     STAGE_COLOURS,
+    STAGE_WORDS,
     TIER_COLOURS,
     WIDTH_IN,
     headed,
@@ -86,12 +87,13 @@ def timeline(
     fallback = _stairs(first["at_s"], first["fallback"], width_s)[1]
     lost.fill_between(x, rejected, step="post", color=LOST, alpha=0.6, lw=0)
     lost.fill_between(x, rejected, rejected + fallback, step="post", color=TIER_COLOURS["fallback"], alpha=0.6, lw=0)
-    lost.set(title=f"not served (grey, {next(iter(runs))}) and fallbacks (purple); lines: their sum", ylabel="requests/s")
+    lost.set(title=f"{next(iter(runs))}: not served (grey) and fallbacks (purple); lines: sum", ylabel="requests/s")
     for axis in axes:
         axis.set_xlim(0, duration_s)
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_locator(MaxNLocator(3))
-    level.set(ylim=(-0.15, 3.3), yticks=range(4))
+    top = max(3, *(int(frame["level"].max()) for frame in levels.values()))
+    level.set(ylim=(-0.15, top + 0.3), yticks=range(top + 1))
     lost.set_xlabel("seconds since the start")
     figure.align_ylabels(axes)
     return headed(figure, _timeline_finding(runs, per_s, levels), list(runs))
@@ -100,9 +102,9 @@ def timeline(
 @styled
 def latency_ecdf(live: Frame | None, twin: Frame | None, scenario: Scenario) -> Figure:
     """Share of served requests below a latency: a row a class, time to first token left, end to end right."""
-    runs = _runs(live, twin)
-    figure = Figure(figsize=(WIDTH_IN, 1.1 + 1.25 * len(scenario.classes)), layout="constrained")
-    axes = figure.subplots(len(scenario.classes), 2, sharex="col", sharey=True, squeeze=False)
+    runs, classes = _runs(live, twin), list(scenario.classes.values())
+    figure = Figure(figsize=(WIDTH_IN, 1.1 + 1.25 * len(classes)), layout="constrained")
+    axes = figure.subplots(len(classes), 2, sharex="col", sharey=True, squeeze=False)
     for row, (name, cls) in zip(axes, scenario.classes.items(), strict=True):
         limits = (cls.slo_ttft_ms, cls.slo_e2e_ms)
         for axis, column, what, slo_ms in zip(row, ("ttft_ns", "e2e_ns"), ("first token", "end"), limits, strict=True):
@@ -114,8 +116,9 @@ def latency_ecdf(live: Frame | None, twin: Frame | None, scenario: Scenario) -> 
             counts = ", ".join(f"{who} {len(found)}" for who, found in values.items())
             axis.set_title(f"{plain(name, 26)} to {what} (n: {counts})", fontsize=8)
             log_times(axis)
-            axis.set_xlim(right=max(axis.get_xlim()[1], 2 * slo_ms))
             axis.set(ylim=(0, 1.02), yticks=(0, 0.5, 1), yticklabels=("0 %", "50 %", "100 %"))
+    for axis, slo_ms in zip(axes[-1], np.max([(c.slo_ttft_ms, c.slo_e2e_ms) for c in classes], axis=0), strict=True):
+        axis.set_xlim(right=max(axis.get_xlim()[1], 2 * slo_ms))  # room for the last "SLO"
     axes[-1][0].set_xlabel("time from arrival to the first token")
     axes[-1][1].set_xlabel("time from arrival to the last token")
     figure.supylabel("share of served requests", fontsize=9)
@@ -164,7 +167,7 @@ def waterfall(live: Frame, n: int = 10) -> Figure:
     left, y = np.zeros(len(rows)), np.arange(len(rows))
     for stage, colour in STAGE_COLOURS.items():
         width = stages[stage].to_numpy() / 1000
-        axis.barh(y, width, left=left, color=colour, height=0.72, label=stage)
+        axis.barh(y, width, left=left, color=colour, height=0.72, label=STAGE_WORDS[stage])
         left = left + width
     labels = [f"{plain(r.request_id, 18)}  {plain(r.traffic_class, 16)}, {plain(r.tier)}" for r in rows.itertuples()]
     axis.set_yticks(y, labels)
@@ -175,8 +178,8 @@ def waterfall(live: Frame, n: int = 10) -> Figure:
     axis.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0.2)
     shares = stages.sum() / max(rows["e2e_ms"].sum(), 1e-9)
     span = f"{left.min():.2f} to {left.max():.2f} s"
-    most = f"{percent(shares.max(), '.0f')} of it: {shares.idxmax()}"
-    return headed(figure, f"The {len(rows)} slowest served requests took {span}; {most}", [])
+    most = f"{percent(shares.max(), '.0f')} of it in {shares.idxmax()}"
+    return headed(figure, f"The {len(rows)} slowest served requests took {span}, {most}", [])
 
 
 def _runs(live: Frame | None, twin: Frame | None) -> Runs:
@@ -226,9 +229,9 @@ def _timeline_finding(runs: Runs, per_s: Runs, levels: Runs) -> str:
     words = []
     for who, frame in runs.items():
         away = float((~equals(frame["outcome"], "served") | equals(frame["tier"], "fallback")).mean())
-        words.append(f"{who} reached level {int(levels[who]['level'].max())} and kept {percent(away, '.0f')} out")
+        words.append(f"{who} reached level {int(levels[who]['level'].max())} and turned away {percent(away, '.0f')}")
     peak = next(iter(per_s.values()))["offered"].max()
-    return f"At a peak of {peak:.0f} requests per second, {' and '.join(words)} (not served, or a fallback)"
+    return f"At a peak of {peak:.0f} requests per second, {'; '.join(words)} (fallbacks counted)"
 
 
 def _latency_finding(runs: Runs, scenario: Scenario) -> str:

@@ -91,11 +91,12 @@ class Progress:
         self._stream.flush()
 
     def _display(self, text: str) -> None:
-        from IPython.display import display
+        from IPython import display as ipython
 
         content = {"text/plain": text}
         if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
+            show: Any = ipython.display
+            self._handle = show(content, raw=True, display_id=True)
         else:
             self._handle.update(content, raw=True)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 import msgspec
 import numpy as np
 import pandas as pd
@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from engine.config import Scenario
 from engine.units import MS_NS, S_NS
 from sim.desk import plots
-from sim.desk.look import STYLE
+from sim.desk.look import STYLE, take_heading
 from sim.desk.page import CSS, GRID, PAGE
-from sim.desk.series import P99_FROM, bin_s, equals, quantiles, queue_age, rates, slowest, tier_counts
+from sim.desk.series import P99_FROM, Quantile, bin_s, equals, quantiles, queue_age, rates, slowest, tier_counts
 from sim.desk.summary import Summary, Verdict
 from sim.desk.tables import NONE, Line, by_class, class_rows, milliseconds, overall
 
@@ -50,6 +50,8 @@ class RunView:
 @dataclass(frozen=True, slots=True)
 class _Part:
     heading: str
+    finding: str
+    names: list[str]
     caption: str
     svg: Markup
     table: pd.DataFrame
@@ -97,7 +99,7 @@ def render(
 def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
     """A figure as SVG for an HTML page: ids of its own, no metadata, no address, a label for who cannot see it."""
     out = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -124,14 +126,11 @@ def _parts(a: RunView | None, b: RunView | None, scenario: Scenario) -> list[_Pa
         ("waterfall", "The slowest of the served" + ("" if a else ", in the twin"), "The same in numbers",
          plots.waterfall(slow.frame), _rounded(slowest(slow.frame)))
     )
-    return [
-        _Part(heading, caption, inline_svg(figure, name, f"{heading}: {_title(figure)}"), table)
-        for name, heading, caption, figure, table in figures
-    ]
-
-
-def _title(figure: Figure) -> str:
-    return figure.get_suptitle().replace("\n", " ")
+    parts = []
+    for name, heading, caption, figure, table in figures:
+        finding, names = take_heading(figure)
+        parts.append(_Part(heading, finding, names, caption, inline_svg(figure, name, f"{heading}: {finding}"), table))
+    return parts
 
 
 def _timeline_table(a: RunView | None, b: RunView | None) -> pd.DataFrame:
@@ -173,11 +172,17 @@ def _latency_table(a: RunView | None, b: RunView | None) -> pd.DataFrame:
                 row: dict[str, object] = {"class": name, "latency": what, "run": who, "n": int(in_ms.notna().sum())}
                 for point, q in quantiles(in_ms).items():
                     row[point] = milliseconds(q.value)
-                    row[f"{point} interval"] = (
-                        NONE if q.value is None else f"{milliseconds(q.low)} .. {milliseconds(q.high)}"
-                    )
+                    row[f"{point} interval"] = _interval(q)
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _interval(q: Quantile) -> str:
+    """``a to b``; too few requests leave a side open."""
+    if q.low is None and q.high is None:
+        return NONE
+    low = "" if q.low is None else milliseconds(q.low)
+    return f"{low} or more" if q.high is None else f"{low} to {milliseconds(q.high)}".strip()
 
 
 def _tier_table(a: RunView | None, b: RunView | None) -> pd.DataFrame:

@@ -61,18 +61,19 @@ def class_rows(live: Summary | None, twin: Summary | None) -> list[dict[str, str
                 row |= {field: str(getattr(found, field)) for field in COUNTS}
                 row["in SLO"] = percent(found.slo_attainment)
                 for what, q in (("TTFT", found.ttft_ms), ("e2e", found.e2e_ms)):
-                    row |= {f"{what} {point}": milliseconds(getattr(q, point)) for point in POINTS}
+                    row |= {f"{what} {point}": milliseconds(getattr(q, point)) for point in POINTS[:2]}
                 rows.append(row)
     return rows
 
 
 def demo_table(live: Summary, twin: Summary) -> Table:
     """Live beside twin in 100 columns: amounts, then classes, then latencies with their ``n``."""
-    pair = (live, twin)
-    outer = Table.grid()
-    for part in (_amount_table(pair), _class_table(pair), _latency_table(pair)):
-        outer.add_row(part)
-    return outer
+    return _tables((live, twin))
+
+
+def run_table(summary: Summary) -> Table:
+    """One run by itself."""
+    return _tables((None, summary))
 
 
 def milliseconds(value: float | None) -> str:
@@ -110,8 +111,16 @@ def _classes(pair: Pair) -> Iterator[Line]:
         yield from _times(name, "end to end", here, "e2e_ms")
 
 
+def _tables(pair: Pair) -> Table:
+    outer = Table.grid()
+    for part in (_amount_table(pair), _class_table(pair), _latency_table(pair)):
+        outer.add_row(part)
+    return outer
+
+
 def _amount_table(pair: Pair) -> Table:
-    table = _table("", "live", "twin", "difference")
+    shown = ("live", "twin", "difference") if all(pair) else ("twin",)
+    table = _table("", *(shown if all(pair) else ("",)))
     before = REQUESTS
     for line in _amounts(pair):
         if line.section == REQUESTS and line.live == line.twin == NONE:
@@ -119,25 +128,25 @@ def _amount_table(pair: Pair) -> Table:
         if line.section != before:
             table.add_section()
         before = line.section
-        table.add_row(Text(SHORT.get(line.section, "") + line.label), line.live, line.twin, line.difference)
+        table.add_row(Text(SHORT.get(line.section, "") + line.label), *(getattr(line, name) for name in shown))
     return table
 
 
 def _class_table(pair: Pair) -> Table:
-    table = _table("class", *_heads(*COUNTS, "in SLO"))
+    table = _table("class", *_heads(pair, *COUNTS, "in SLO"))
     for name in _keys(pair, "classes"):
-        here = _of_class(pair, name)
+        here = _present(pair, _of_class(pair, name))
         counts = [NONE if c is None else str(getattr(c, field)) for field in COUNTS for c in here]
         table.add_row(Text(name), *counts, *(percent(c.slo_attainment if c else None, ".0f") for c in here))
     return table
 
 
 def _latency_table(pair: Pair) -> Table:
-    table = _table("latency", *_heads("n", *POINTS))
+    table = _table("latency", *_heads(pair, "n", *POINTS))
     rows: list[tuple[str, tuple[Any, Any]]] = [(n, _of_class(pair, n)) for n in _keys(pair, "classes")]
     for what, field in (("TTFT", "ttft_ms"), ("e2e", "e2e_ms")):
-        for name, here in [*rows, ("all", pair)]:
-            found: list[Quantiles | None] = [None if c is None else getattr(c, field) for c in here]
+        for name, of in [*rows, ("all", pair)]:
+            found: list[Quantiles | None] = [None if c is None else getattr(c, field) for c in _present(pair, of)]
             counts = [NONE if q is None else str(q.n) for q in found]
             times = [milliseconds(None if q is None else getattr(q, point)) for point in POINTS for q in found]
             table.add_row(Text(f"{what} {name}"), *counts, *times)
@@ -153,9 +162,14 @@ def _table(first: str, *heads: str) -> Table:
     return table
 
 
-def _heads(*heads: str) -> list[str]:
-    """Two columns each, the name over the first of them."""
-    return [text for head in heads for text in (f"{head}\nlive", "\ntwin")]
+def _heads(pair: Pair, *heads: str) -> list[str]:
+    """A column a run; two runs have the name over the first of them."""
+    return [text for head in heads for text in (f"{head}\nlive", "\ntwin")] if all(pair) else list(heads)
+
+
+def _present(pair: Pair, of: tuple[Any, Any]) -> list[Any]:
+    """Without the run that is missing; a run without the class stays, as ``None``."""
+    return [found for summary, found in zip(pair, of, strict=True) if summary is not None]
 
 
 def _of_class(pair: Pair, name: str) -> tuple[Any, Any]:
@@ -187,8 +201,9 @@ def _amount(section: str, label: str, pair: tuple[Any, Any], get: Get, form: str
 
 def _share(section: str, label: str, pair: tuple[Any, Any], get: Get) -> Line:
     live, twin = _values(pair, get)
-    points = NONE if live is None or twin is None else f"{round(100 * (twin - live), 1) + 0.0:+.1f} pp"
-    return Line(section, label, percent(live), percent(twin), points)
+    points = None if live is None or twin is None else round(100 * (twin - live), 1)
+    said = NONE if points is None else f"{points:+.1f} pp" if points else "0 pp"
+    return Line(section, label, percent(live), percent(twin), said)
 
 
 def _times(section: str, what: str, pair: tuple[Any, Any], get: Get) -> Iterator[Line]:
@@ -204,5 +219,6 @@ def _relative(live: float | None, twin: float | None) -> str:
     if live is None or twin is None:
         return NONE
     if live == twin:
-        return "0 %"
-    return f"{round(100 * (twin / live - 1)):+d} %" if live else NONE
+        return "0 %"  # also where both are 0
+    change = round(100 * (twin / live - 1)) if live else None
+    return NONE if change is None else f"{change:+d} %" if change else "0 %"

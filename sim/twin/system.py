@@ -36,7 +36,7 @@ class TwinArrival(msgspec.Struct, frozen=True, gc=False):
 
 
 class TwinRun(msgspec.Struct, frozen=True):
-    """What came of it."""
+    """What came of it; ``requests`` hold latencies as clients see them."""
 
     requests: list[RequestRecord]
     levels: list[LevelRecord]
@@ -62,6 +62,7 @@ class TwinSystem:
     ) -> None:
         """``folder``: journals are written to its ``journal/``. ``check``: invariants after every event (slow)."""
         self.env = env if env is not None else simpy.Environment(0)
+        self._emit_ns = lags.emit_ns
         self._by_rid = {arrival.ask.rid: arrival for arrival in arrivals}
         gateway, replica = gateway_config(scenario, tenants), replica_config(scenario)
         self._journals = [] if folder is None else [
@@ -88,6 +89,12 @@ class TwinSystem:
         arrival = self._by_rid[rid]
         return arrival.answer_id, arrival.answer_bytes
 
+    def _at_the_client(self, record: RequestRecord) -> RequestRecord:
+        """Latencies as the client sees them: the gateway's, and the way back."""
+        emit_ns = self._emit_ns
+        ttft_ns = None if record.ttft_ns is None else record.ttft_ns + emit_ns
+        return msgspec.structs.replace(record, ttft_ns=ttft_ns, e2e_ns=record.e2e_ns + emit_ns)
+
     def run(self) -> TwinRun:
         """Until nothing is left to do."""
         self.env.run()
@@ -95,7 +102,7 @@ class TwinSystem:
             journal.close()
         records = self.gateway.records
         return TwinRun(
-            requests=[r for r in records if isinstance(r, RequestRecord)],
+            requests=[self._at_the_client(r) for r in records if isinstance(r, RequestRecord)],
             levels=[r for r in records if isinstance(r, LevelRecord)],
             answers=self.gateway.answers, end_ns=now_ns(self.env), busy_ns=self.replica.busy_ns,
         )

@@ -193,6 +193,7 @@ def test_a_cache_that_is_off_knows_nothing() -> None:
     cache = ExactCache(ExactConfig(enabled=False))
     assert not put(cache, 0, b"a", "one")
     assert cache.get(0, b"a", stale_ok=True) is None
+    assert cache.stats().misses == 0
     assert cache.drain_dropped() == []
     cache.check()
 

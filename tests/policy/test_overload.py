@@ -54,8 +54,8 @@ def raw_of(moment: Moment) -> tuple[int, str, int]:
     return level, name, age_ns
 
 
-def level_after(history: list[Moment]) -> int:
-    """By the definition, from the very first observation on: one window after the other, however many."""
+def level_after(history: list[Moment]) -> tuple[int, int]:
+    """Level and start of the window, by the definition, from the very first observation on, window by window."""
     level = quiet = 0
     from_ns = history[0][0]
     seen: list[int] = []
@@ -80,7 +80,7 @@ def level_after(history: list[Moment]) -> int:
         if raw > level:
             level, quiet, from_ns = raw, 0, now_ns
             seen.clear()
-    return level
+    return level, from_ns
 
 
 @settings(max_examples=500, deadline=None)
@@ -100,7 +100,8 @@ def test_any_history_gives_the_level_of_its_replay(moves: list[tuple[int | None,
         overload.check()
         history.append((highest_ns, oldest_ns))
         raw, traffic_class, age_ns = raw_of(history[-1])
-        assert overload.level == level_after(history)
+        level, from_ns = level_after(history)
+        assert overload.level == level
         assert overload.level >= raw, "up at once"
         assert overload.level <= max(before, raw), "nothing but waiting raises the level"
         if overload.level == before:
@@ -109,7 +110,7 @@ def test_any_history_gives_the_level_of_its_replay(moves: list[tuple[int | None,
             assert change == LevelChange(highest_ns, overload.level, traffic_class, age_ns)
         wake_ns = overload.next_wake_ns()
         if overload.level or any(name in CLASSES for name in oldest_ns):
-            assert wake_ns is not None and highest_ns < wake_ns <= highest_ns + WINDOW_NS
+            assert wake_ns == from_ns + WINDOW_NS > highest_ns
         else:
             assert wake_ns is None
         spent_ns[before] += highest_ns - before_ns if len(history) > 1 else 0
@@ -207,6 +208,17 @@ def test_a_late_call_closes_all_windows_that_are_over() -> None:
     loud.observe(0, {"chat": -1500 * MS_NS})
     assert loud.observe(3600 * S_NS + 1, {"chat": 0}) is None
     assert loud.next_wake_ns() == 3600 * S_NS + WINDOW_NS
+
+
+def test_a_window_without_observations_is_judged_by_the_next_one() -> None:
+    for late, level, wake_ms in (({}, 1, 400), ({"fraud": 120 * MS_NS}, 2, 400)):  # silent, or 200 ms old
+        overload = Overload(CONFIG, CLASSES)
+        overload.observe(0, {"fraud": -200 * MS_NS})
+        overload.observe(100 * MS_NS, {})
+        overload.observe(200 * MS_NS, {})
+        overload.observe(320 * MS_NS, late)  # the third window saw nothing
+        assert overload.level == level
+        assert overload.next_wake_ns() == wake_ms * MS_NS
 
 
 def test_of_equal_calls_the_first_class_of_the_configuration_is_named() -> None:

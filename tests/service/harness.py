@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import openai
-import psutil
+import psutil  # type: ignore[import-untyped]
 import uvloop
 
 from engine.config import ClassConfig, IngressConfig, ModelConfig, OverloadConfig, Scenario
+from engine.errors import TYPE_OF_STATUS
 from engine.ledger.journal import GatewayEntry, open_journal
 from engine.model.stepcost import StepCost
 from engine.policy.trip import GatewayStats
@@ -29,10 +32,9 @@ from engine.service.auth import KeyRing, new_key
 from engine.service.server import RunningEngine, ServeOptions, running
 
 T = TypeVar("T")
+CHAT = "/v1/chat/completions"
 DEADLINE_S = 20.0
-STEP_20_MS = StepCost(
-    fixed_ns=20e6, prefill_token_ns=0, prefill_row_ns=0, decode_row_ns=0, decode_kv_ns=0, area_ns=0
-)
+STEP_20_MS = StepCost(fixed_ns=20e6, prefill_token_ns=0, prefill_row_ns=0, decode_row_ns=0, decode_kv_ns=0, area_ns=0)
 
 SCENARIO = Scenario(
     name="service-tests",
@@ -128,6 +130,30 @@ class Engine:
 def journal(folder: Path) -> list[GatewayEntry]:
     """All that the gateway was told; whole only after the engine has stopped."""
     return list(open_journal(folder / "journal" / "gateway-0.ndjson").entries())  # type: ignore[arg-type]
+
+
+def check_error(got: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    """The one shape of every refusal; returns its message."""
+    assert got.status_code == status, got.text
+    assert got.headers["content-type"] == "application/json"
+    assert got.headers["x-request-id"]
+    assert got.json().keys() == {"error"}
+    error = got.json()["error"]
+    kind = TYPE_OF_STATUS.get(status, "invalid_request_error")
+    assert error == {"message": error["message"], "type": kind, "param": param, "code": code}
+    assert error["message"]
+    assert not re.search(r'Traceback|File "|\.py|Error:|line \d', got.text), got.text
+    if status in (429, 503):
+        assert int(got.headers["retry-after"]) >= 1
+    return str(error["message"])
+
+
+def dial(engine: Engine, head: str, data: bytes = b"") -> socket.socket:
+    """A connection on which a request has been sent, as far as given."""
+    host, port = engine.url.removeprefix("http://").split(":")
+    line = socket.create_connection((host, int(port)), timeout=20)
+    line.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + data)
+    return line
 
 
 def body(text: str, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import pytest
 
 from engine.config import TenantConfig
 from engine.errors import RequestError, UserError
-from engine.service import auth
 from engine.service.auth import KeyRing, new_key
 
 KNOWN = ["chat", "fraud", "search"]
@@ -77,7 +76,7 @@ def test_a_key_is_compared_with_all_digests_wherever_it_is_found(
         return real(a, b)
 
     real = hmac.compare_digest
-    monkeypatch.setattr(auth.hmac, "compare_digest", watched)
+    monkeypatch.setattr(hmac, "compare_digest", watched)
     for key in (made[0][0], made[3][0]):
         compared.clear()
         ring.authenticate(f"Bearer {key}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,8 @@ from engine.events import Abort, Cancel, Ended, Pressure, Record, RequestRecord
 from engine.ledger.journal import GatewayEntry
 from engine.service.sse import Listener
 from engine.service.stream import ClientStream
-from tests.service.harness import STEP_20_MS, Engine, body, journal, start
+from tests.service.harness import CHAT, STEP_20_MS, Engine, body, dial, journal, start
 
-CHAT = "/v1/chat/completions"
 LONG = "please repeat after me: " + "shoe and hat and " * 12 + "done"  # some 80 tokens, 1.6 s at 20 ms each
 
 
@@ -64,8 +64,8 @@ def test_a_deadline_in_the_middle_of_a_stream_is_an_event(slow: Engine) -> None:
         *said, last = list(events(got))
     assert said and all("choices" in event for event in said)
     assert last["error"]["code"] == "deadline_exceeded" and last["error"]["type"] == "server_error"
-    with slow.official() as client, pytest.raises(openai.APIError, match="within the time"):
-        list(client.chat.completions.create(**ask, extra_headers={"x-doorbuster-class": "hasty"}))
+    with slow.official() as official, pytest.raises(openai.APIError, match="within the time"):
+        list(official.chat.completions.create(**ask, extra_headers={"x-doorbuster-class": "hasty"}))
     slow.quiet()
 
 
@@ -126,10 +126,8 @@ def test_one_of_two_who_hangs_up_does_not_stop_the_other(tmp_path: Path) -> None
     assert not [a for entry in journal(tmp_path) for a in entry.actions if isinstance(a, Abort)]
 
 
-def socket_request(engine: Engine, ask: dict[str, Any]) -> Any:
+def socket_request(engine: Engine, ask: dict[str, Any]) -> socket.socket:
     """A request on a connection of its own that a test can drop."""
-    from tests.service.test_app import dial
-
     data = json.dumps(ask).encode()
     head = f"POST {CHAT} HTTP/1.1\nhost: x\nauthorization: Bearer {engine.keys['shop']}\ncontent-length: {len(data)}"
     return dial(engine, head, data)

@@ -1,0 +1,244 @@
+"""``doorbuster``: the verbs, in the order a person needs them. Results on stdout, talk on stderr.
+
+Exit codes: 0 good, 1 failed, 2 wrong usage, 3 it ran and the verdict is "no", 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch can be imported by anything below
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from engine.errors import DoorbusterError
+
+app = typer.Typer(
+    name="doorbuster", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="A workbench for flash-sale spikes against an LLM engine: the real thing and its twin, one set of policies.",
+)
+keys_app = typer.Typer(no_args_is_help=True, help="API keys: only their digests are ever stored.")
+app.add_typer(keys_app, name="keys")
+
+Scenario = Annotated[str, typer.Argument(help="a name below data/scenarios, or a TOML file")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one value")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Seed = Annotated[int | None, typer.Option(help="of the workload; the scenario's own by default")]
+Profile = Annotated[
+    str | None, typer.Option(envvar="DOORBUSTER_PROFILE", help="shape of the sale: one of workload.profiles")
+]
+Foreign = Annotated[
+    bool, typer.Option("--accept-foreign-calibration", help="use a calibration that was measured elsewhere")
+]
+CalibrationFile = Annotated[Path | None, typer.Option("--calibration", help="a file of `doorbuster calibrate`")]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """One line for people."""
+    err.print(line, markup=False, soft_wrap=True)
+
+
+def emit(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+
+
+def _sets(sets: list[str] | None, *more: str) -> tuple[str, ...]:
+    return (*(sets or ()), *more)
+
+
+@app.command()
+def doctor(scenario: Scenario = "flash-sale", json: Json = False) -> None:
+    """Is everything here that a run needs? A fix under each failure."""
+    from sim.doctor import examine
+
+    checks = examine(scenario)
+    if json:
+        emit(checks)
+    else:
+        for check in checks:
+            mark = {True: "ok  ", False: "FAIL", None: "note"}[check.ok]
+            out.print(f"{mark}  {check.name:<12} {check.found}", markup=False, soft_wrap=True)
+            if check.fix:
+                out.print(f"      fix: {check.fix}", markup=False, soft_wrap=True)
+    raise typer.Exit(1 if any(check.ok is False for check in checks) else 0)
+
+
+@app.command()
+def serve(
+    scenario: Scenario = "flash-sale",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = a free one")] = 8077,
+    model: Annotated[str | None, typer.Option(help="smollm2, tiny, fake, a hub name or a folder")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    keys: Annotated[Path | None, typer.Option(help="key file; without it one key is made and printed")] = None,
+    folder: Annotated[Path | None, typer.Option(help="run folder; a new one below runs/ by default")] = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """The live engine: an OpenAI-compatible server over the scenario's policies."""
+    from sim.serve import serve_until_stopped
+
+    more = [f'model.name="{model}"'] if model else []
+    more += [f'model.device="{device}"'] if device else []
+    serve_until_stopped(scenario, _sets(sets, *more), host, port, keys, folder, json, say, emit)
+
+
+@app.command()
+def load(
+    scenario: Scenario = "flash-sale",
+    url: Annotated[str, typer.Option(help="a running engine, as `serve` prints it")] = "http://127.0.0.1:8077",
+    key: Annotated[str, typer.Option(envvar="DOORBUSTER_API_KEY", help="API key, used for all classes")] = "",
+    rate: Annotated[float | None, typer.Option(help="base rate in requests per second")] = None,
+    profile: Profile = None,
+    seed: Seed = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """Open-loop load on a running engine; latencies count from the scheduled instant."""
+    from sim.bare_load import bare_load
+
+    summary, table, where = bare_load(scenario, _sets(sets), url, key, rate, profile, seed)
+    if json:
+        emit(summary)
+    else:
+        out.print(table)
+    say(f"run folder {where}")
+
+
+@app.command()
+def sim(
+    scenario: Scenario = "flash-sale",
+    profile: Profile = None,
+    rate: Annotated[float | None, typer.Option(help="base rate in requests per second")] = None,
+    seed: Seed = None,
+    calibration: CalibrationFile = None,
+    foreign: Foreign = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="print every value and its origin, and stop")] = False,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """One sale in the twin: seconds instead of minutes."""
+    from sim.bare_sim import bare_sim, config_lines
+
+    if show_config:
+        for line in config_lines(scenario, _sets(sets)):
+            out.print(line, markup=False, soft_wrap=True)
+        return
+    summary, table, where = bare_sim(scenario, _sets(sets), profile, rate, seed, calibration, foreign, say)
+    if json:
+        emit(summary)
+    else:
+        out.print(table)
+    say(f"run folder {where}, report {where / 'report.html'}")
+
+
+@app.command()
+def calibrate(
+    scenario: Scenario = "flash-sale",
+    out_file: Annotated[Path | None, typer.Option("--out", help="where to write; the cache folder by default")] = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """Measure what a step costs on this machine; about 45 s."""
+    from engine.scenario import load as load_scenario
+    from sim.twin import cost
+    from sim.twin.calibrate import calibrate as measure
+    from sim.twin.calibrate import describe
+
+    resolved = load_scenario(scenario, _sets(sets))
+    found = measure(resolved.scenario, say)
+    path = out_file or cost.default_path(resolved.scenario.model.name)
+    cost.save(found, path)
+    if json:
+        emit(found)
+    else:
+        for line in describe(found):
+            out.print(line, markup=False, soft_wrap=True)
+    say(f"written {path}")
+
+
+@app.command()
+def replay(
+    journal: Annotated[Path, typer.Argument(help="a journal file, or a run folder")], sets: Sets = None, json: Json = False
+) -> None:
+    """A journal's events through fresh machines: the same actions, or the first record that differs."""
+    from sim.twin.replay import journals_of
+    from sim.twin.replay import replay as rerun
+
+    results = [rerun(path, _sets(sets)) for path in journals_of(journal)]
+    if json:
+        emit(results[0] if len(results) == 1 else results)
+    for result in results if not json else []:
+        if result.identical:
+            out.print(f"identical  {result.events} events  {result.journal}", markup=False, soft_wrap=True)
+        elif (first := result.first_difference) is not None:
+            out.print(f"differs at record {first.record}, {first.at_s:.3f} s  {result.journal}", markup=False, soft_wrap=True)
+            out.print(f"  event    {first.event}\n  journal  {first.journal}\n  fresh    {first.fresh}", markup=False)
+        if result.torn_bytes:
+            say(f"{result.journal}: the last {result.torn_bytes} bytes are torn and were left out")
+    raise typer.Exit(0 if all(result.identical for result in results) else 3)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write report.html of a run again: one file that opens offline."""
+    from sim.again import report_again
+
+    out.print(str(report_again(run)), markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    scenario: Scenario = "flash-sale",
+    profile: Profile = None,
+    seed: Seed = None,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="measure again even if there is a calibration")] = False,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """One flash sale on a real model, live and in the twin, with a report of both: about five minutes."""
+    from sim.demo_cli import demo_cli
+
+    ok = demo_cli(scenario, _sets(sets), profile or "demo", seed, recalibrate, json, say, emit, out)
+    raise typer.Exit(0 if ok else 3)
+
+
+@keys_app.command("new")
+def keys_new(
+    name: Annotated[str, typer.Argument(help="the tenant")],
+    classes: Annotated[list[str] | None, typer.Option("--class", help="traffic class that it may use; all by default")] = None,
+) -> None:
+    """Print a key once, and the stanza for the key file."""
+    from engine.service.auth import new_key
+
+    key, stanza = new_key(name, classes or ())
+    say(f"the key, shown this once: {key}\nadd to your key file:")
+    out.print(stanza, markup=False, end="")
+
+
+def main() -> None:
+    """Entry point: mistakes are told in words, tracebacks only with DOORBUSTER_DEBUG=1."""
+    try:
+        app()
+    except DoorbusterError as error:
+        if os.environ.get("DOORBUSTER_DEBUG"):
+            raise
+        say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

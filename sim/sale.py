@@ -1,0 +1,115 @@
+"""One sale, live or in the twin, into a run folder: journal, ledger, requests.parquet, summary.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pandas as pd
+
+from engine.errors import UserError
+from engine.events import LevelRecord, RequestRecord
+from engine.model.blockhash import Hasher
+from engine.scenario import Resolved
+from engine.service.facts import FactMaker
+from engine.service.server import tokenizer_for
+from engine.units import S_NS, s_to_ns
+from sim import runs
+from sim.desk.capacity import Bench, tenants_of
+from sim.desk.frames import level_frame, read_run, requests_frame, write_run
+from sim.desk.report import RunView
+from sim.desk.summary import summarise
+from sim.live import drive, live_engine
+from sim.loadgen import Seen
+from sim.twin.cost import Calibration
+from sim.twin.steps import logged_steps
+from sim.twin.system import TwinSystem
+from sim.twin.workload import Request
+
+HASH_KEY = b"the twin's world"  # digests need to differ from one another, not from an attacker's
+
+
+def make_bench(resolved: Resolved, calibration: Calibration) -> Bench:
+    """The twin of a scenario."""
+    scenario = resolved.scenario
+    hasher = Hasher(HASH_KEY, scenario.prefix.block_tokens)
+    facts = FactMaker(tokenizer_for(scenario.model.name), hasher, scenario, scenario.model.name)
+    return Bench(scenario, calibration, facts, hasher)
+
+
+def twin_sale(
+    bench: Bench, resolved: Resolved, requests: list[Request], duration_s: float, seed: int, folder: Path
+) -> RunView:
+    """The requests through the twin."""
+    scenario = resolved.scenario
+    hasher = Hasher(HASH_KEY, scenario.prefix.block_tokens)
+    run = TwinSystem(
+        scenario, tenants_of(scenario), bench.calibration.cost, bench.calibration.lags, bench.arrivals(requests),
+        hasher, folder,
+    ).run()
+    records: list[RequestRecord | LevelRecord] = [*run.requests, *run.levels]
+    seen = pd.DataFrame(
+        {"request_id": [r.request_id for r in requests], "intent": [r.intent for r in requests]}
+    )
+    frame = requests_frame(run.requests)
+    frame["intent"] = frame["request_id"].map(seen.set_index("request_id")["intent"]).astype("string")
+    frame["lateness_ns"] = pd.array([0] * len(frame), dtype="Int64")
+    end_ns = max(s_to_ns(duration_s), run.end_ns)
+    write_run(folder, frame, records, end_ns)
+    levels = level_frame(records, end_ns)
+    summary = summarise(frame, scenario, "sim", seed, end_ns / S_NS, levels, run.busy_ns / max(1, end_ns))
+    runs.write_json(folder / "summary.json", summary)
+    return RunView(summary, frame, levels, scenario)
+
+
+def live_sale(
+    resolved: Resolved,
+    sets: tuple[str, ...],
+    requests: list[Request],
+    duration_s: float,
+    seed: int,
+    folder: Path,
+    on_done: Callable[[int], None],
+) -> tuple[RunView, list[Seen]]:
+    """The requests through a live engine of its own."""
+    scenario = resolved.scenario
+    with live_engine(resolved, sets, folder) as engine:
+        seen = drive(engine, requests, scenario.model.threads, on_done)
+    if not seen:
+        raise UserError("the workload has no request", fix="a longer profile, or a higher workload.base_rate_rps")
+    start_ns = seen[0].scheduled_ns - requests[0].at_ns - engine.epoch_ns
+    return record_live(resolved, seen, start_ns, engine.epoch_ns, duration_s, seed, folder), seen
+
+
+def record_live(
+    resolved: Resolved, seen: list[Seen], start_ns: int, epoch_ns: int, duration_s: float, seed: int, folder: Path
+) -> RunView:
+    """requests.parquet and summary.json beside the journal and ledger that the engine wrote. ``start_ns``: its clock."""
+    scenario = resolved.scenario
+    rows = pd.DataFrame([msgspec.to_builtins(s) for s in seen])
+    rows["scheduled_ns"] -= epoch_ns + start_ns
+    records = _ledger(folder)
+    frame = requests_frame(records, rows, start_ns)
+    end_ns = max(s_to_ns(duration_s), int((rows["scheduled_ns"] + rows["e2e_ns"].fillna(0)).max()))
+    write_run(folder, frame, None, end_ns, start_ns)
+    run = read_run(folder)
+    steps = list(logged_steps(folder / "journal" / "replica-0.ndjson"))
+    busy_ns = sum(s.ns for s in steps if s.at_ns >= start_ns)
+    summary = summarise(frame, scenario, "load", seed, end_ns / S_NS, run.levels, busy_ns / max(1, end_ns))
+    runs.write_json(folder / "summary.json", summary)
+    return RunView(summary, run.frame, run.levels, scenario)
+
+
+def _ledger(folder: Path) -> list[RequestRecord | LevelRecord]:
+    decoder = msgspec.json.Decoder(RequestRecord | LevelRecord)
+    with (folder / "ledger" / "records.ndjson").open("rb") as file:
+        return [decoder.decode(line) for line in file if line.endswith(b"\n")]
+
+
+def lateness(seen: list[Seen]) -> str:
+    """How punctual the load generator was, in words."""
+    late_ms = sorted(s.lateness_ns / 1e6 for s in seen)
+    p99 = late_ms[min(len(late_ms) - 1, round(0.99 * len(late_ms)))]
+    return f"median {statistics.median(late_ms):.1f} ms, p99 {p99:.1f} ms, worst {late_ms[-1]:.1f} ms"
