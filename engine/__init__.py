@@ -1,0 +1,1 @@
+"""The live engine: policies, model, service, ledger. It never imports the twin."""

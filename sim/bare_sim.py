@@ -53,4 +53,5 @@ def bare_sim(
 def config_lines(name: str, sets: tuple[str, ...]) -> list[str]:
     """Every value and its origin."""
     resolved = load(name, sets)
-    return [f"{key} = {value!r}    # {resolved.origins.get(key, 'default')}" for key, value in flat(resolved.scenario).items()]
+    origins = resolved.origins
+    return [f"{key} = {value!r}    # {origins.get(key, 'default')}" for key, value in flat(resolved.scenario).items()]

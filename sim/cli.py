@@ -20,7 +20,8 @@ from rich.console import Console
 from engine.errors import DoorbusterError
 
 app = typer.Typer(
-    name="doorbuster", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="doorbuster", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="A workbench for flash-sale spikes against an LLM engine: the real thing and its twin, one set of policies.",
 )
 keys_app = typer.Typer(no_args_is_help=True, help="API keys: only their digests are ever stored.")
@@ -123,7 +124,7 @@ def sim(
     seed: Seed = None,
     calibration: CalibrationFile = None,
     foreign: Foreign = False,
-    show_config: Annotated[bool, typer.Option("--show-config", help="print every value and its origin, and stop")] = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="print all values and origins, and stop")] = False,
     sets: Sets = None,
     json: Json = False,
 ) -> None:
@@ -169,7 +170,9 @@ def calibrate(
 
 @app.command()
 def replay(
-    journal: Annotated[Path, typer.Argument(help="a journal file, or a run folder")], sets: Sets = None, json: Json = False
+    journal: Annotated[Path, typer.Argument(help="a journal file, or a run folder")],
+    sets: Sets = None,
+    json: Json = False,
 ) -> None:
     """A journal's events through fresh machines: the same actions, or the first record that differs."""
     from sim.twin.replay import journals_of
@@ -182,7 +185,8 @@ def replay(
         if result.identical:
             out.print(f"identical  {result.events} events  {result.journal}", markup=False, soft_wrap=True)
         elif (first := result.first_difference) is not None:
-            out.print(f"differs at record {first.record}, {first.at_s:.3f} s  {result.journal}", markup=False, soft_wrap=True)
+            where = f"record {first.record}, {first.at_s:.3f} s"
+            out.print(f"differs at {where}  {result.journal}", markup=False, soft_wrap=True)
             out.print(f"  event    {first.event}\n  journal  {first.journal}\n  fresh    {first.fresh}", markup=False)
         if result.torn_bytes:
             say(f"{result.journal}: the last {result.torn_bytes} bytes are torn and were left out")
@@ -202,7 +206,7 @@ def demo(
     scenario: Scenario = "flash-sale",
     profile: Profile = None,
     seed: Seed = None,
-    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="measure again even if there is a calibration")] = False,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="measure the machine again")] = False,
     sets: Sets = None,
     json: Json = False,
 ) -> None:
@@ -216,7 +220,7 @@ def demo(
 @keys_app.command("new")
 def keys_new(
     name: Annotated[str, typer.Argument(help="the tenant")],
-    classes: Annotated[list[str] | None, typer.Option("--class", help="traffic class that it may use; all by default")] = None,
+    classes: Annotated[list[str] | None, typer.Option("--class", help="a traffic class; all by default")] = None,
 ) -> None:
     """Print a key once, and the stanza for the key file."""
     from engine.service.auth import new_key

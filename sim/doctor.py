@@ -60,7 +60,7 @@ def _packages() -> Check:
 def _cores() -> Check:
     own, replica, threads = share_cores(0)
     if not own:
-        return Check("cores", None, f"{os.cpu_count()} core(s): torch and the gateway share them, timings will be rough")
+        return Check("cores", None, f"{os.cpu_count()} core(s) for torch and the gateway together: rough timings")
     return Check("cores", True, f"gateway and load on {list(own)}, replica on {list(replica)} with {threads} thread(s)")
 
 

@@ -76,10 +76,10 @@ async def _one(client: httpx.AsyncClient, key: str, request: Request, due_ns: in
         "stream_options": {"include_usage": True},
     }
     late_ns = time.monotonic_ns() - due_ns
-    seen: dict[str, Any] = dict(
-        request_id=request.request_id, traffic_class=request.traffic_class, intent=request.intent,
-        scheduled_ns=due_ns, lateness_ns=late_ns,
-    )
+    seen: dict[str, Any] = {
+        "request_id": request.request_id, "traffic_class": request.traffic_class, "intent": request.intent,
+        "scheduled_ns": due_ns, "lateness_ns": late_ns,
+    }
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             return await _read(response, due_ns, seen)
@@ -90,7 +90,8 @@ async def _one(client: httpx.AsyncClient, key: str, request: Request, due_ns: in
 async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> Seen:
     head = response.headers
     level = head.get("x-doorbuster-level")
-    seen |= dict(status=response.status_code, tier=head.get("x-doorbuster-tier"), level=int(level) if level else None)
+    seen["status"], seen["tier"] = response.status_code, head.get("x-doorbuster-tier")
+    seen["level"] = int(level) if level else None
     if response.status_code != 200:
         raw = await response.aread()
         try:

@@ -86,7 +86,7 @@ def live_sale(
 def record_live(
     resolved: Resolved, seen: list[Seen], start_ns: int, epoch_ns: int, duration_s: float, seed: int, folder: Path
 ) -> RunView:
-    """requests.parquet and summary.json beside the journal and ledger that the engine wrote. ``start_ns``: its clock."""
+    """requests.parquet and summary.json beside the engine's own journal and ledger. ``start_ns``: on its clock."""
     scenario = resolved.scenario
     rows = pd.DataFrame([msgspec.to_builtins(s) for s in seen])
     rows["scheduled_ns"] -= epoch_ns + start_ns

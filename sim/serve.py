@@ -88,7 +88,7 @@ def _welcome(url: str, key: str | None, resolved: Resolved) -> str:
             *([f"API key, shown this once: {key}"] if key else []),
             "try:",
             f"  curl -s {url}/v1/chat/completions -H 'authorization: Bearer {shown}' \\",
-            "    -d '{\"model\":\"default\",\"messages\":[{\"role\":\"user\",\"content\":\"is my coupon still good?\"}]}'",
+            """    -d '{"model":"default","messages":[{"role":"user","content":"is my coupon still good?"}]}'""",
             "Ctrl-C drains and stops.",
         ]
     )
@@ -99,7 +99,8 @@ def _ring(keys: Path | None, host: str, resolved: Resolved) -> tuple[KeyRing, st
         return KeyRing.load(keys, resolved.scenario.classes), None
     if host not in LOOPBACK:
         raise UserError(
-            f"will not listen on {host} with a throw-away key", why="without --keys anybody who reads the log may enter",
+            f"will not listen on {host} with a throw-away key",
+            why="without --keys anybody who reads the log may enter",
             fix="doorbuster keys new NAME, then --keys FILE; or stay on 127.0.0.1",
         )
     return KeyRing.single()

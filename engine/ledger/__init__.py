@@ -1,0 +1,1 @@
+"""What happened: the journal that can be replayed."""

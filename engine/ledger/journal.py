@@ -63,7 +63,8 @@ class JournalWriter:
         self._serial = 0
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         header = Header(
-            kind, msgspec.Raw(self._encoder.encode(config)), hash_key, written_at=stamp, python=platform.python_version()
+            kind, msgspec.Raw(self._encoder.encode(config)), hash_key, written_at=stamp,
+            python=platform.python_version(),
         )
         self._file.write(self._encoder.encode(header) + b"\n")
 

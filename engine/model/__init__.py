@@ -1,0 +1,1 @@
+"""The hardware side: weights, tokens, KV, and the process that runs them."""

@@ -1,7 +1,8 @@
 """The replica as a process: owns torch, listens on a local socket, runs one plain loop.
 
-``python -m engine.model.process``; its spec comes as msgpack on stdin. Messages are read only between steps (deaf during a step); while nothing runs it
-sleeps in ``select``. It ends when its last gateway has hung up. Ctrl-C is the gateway's business, not its own.
+``python -m engine.model.process``; its spec comes as msgpack on stdin. Messages are read only between steps (deaf
+during a step); while nothing runs it sleeps in ``select``. It ends when its last gateway has hung up. Ctrl-C is the
+gateway's business, not its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Pure decision makers. Reading order in README.md."""

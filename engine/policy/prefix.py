@@ -46,7 +46,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         # the list of unused blocks is threaded through two arrays; index n is its sentinel (head = next of n)
         self._next: list[int] = [*range(1, n + 1), 0]
-        self._prev: list[int] = [n, *range(0, n)]
+        self._prev: list[int] = [n, *range(n)]
         self.available = n  # free or evictable
         self._evictable = 0  # of these, with a name
         self._pins: dict[int, int] = {}  # block -> expiry, in order of expiry

@@ -1,0 +1,1 @@
+"""The face to the world: HTTP, keys, the asyncio driver, replica processes."""

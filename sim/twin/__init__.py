@@ -1,0 +1,1 @@
+"""Time and cost: the SimPy drivers, the workload, calibration, replay."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -117,7 +118,7 @@ def _noise(samples: list[StepSample]) -> float:
     """Half the relative difference between equal pure-decode steps that followed one another (their KV hardly grew)."""
     pairs = [
         abs(a.ns - b.ns) / (a.ns + b.ns)
-        for a, b in zip(samples, samples[1:], strict=False)
+        for a, b in pairwise(samples)
         if a.shape.decode_rows == b.shape.decode_rows and not (a.shape.prefill_tokens or b.shape.prefill_tokens)
     ]
     return float(np.median(pairs)) if pairs else float("nan")
@@ -151,13 +152,14 @@ def save(calibration: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Read any calibration; CalibrationError says what is wrong with the file."""
     if not path.is_file():
-        raise CalibrationError("not measured on this machine yet", where=str(path), fix="doorbuster calibrate    (45 s)")
+        raise CalibrationError("not measured on this machine yet", str(path), fix="doorbuster calibrate    (45 s)")
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except msgspec.DecodeError as error:
         raise CalibrationError(f"not a calibration: {error}", where=str(path), fix="doorbuster calibrate") from None
     if found.version != VERSION:
-        raise CalibrationError(f"version {found.version}, this doorbuster reads {VERSION}", str(path), fix="doorbuster calibrate")
+        what = f"version {found.version}, this doorbuster reads {VERSION}"
+        raise CalibrationError(what, str(path), fix="doorbuster calibrate")
     return found
 
 

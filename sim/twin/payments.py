@@ -16,9 +16,8 @@ def payment(rng: np.random.Generator, products: list[str], number: int) -> str:
     card, ship, ip = (COUNTRIES[int(i)] for i in rng.integers(0, len(COUNTRIES), 3))
     if rng.random() < 0.7:  # most payments are what they seem
         ship = ip = card
-    items = ", ".join(
-        f"{products[int(i)]} x{int(rng.integers(1, 4))}" for i in rng.integers(0, len(products), int(rng.integers(1, 3)))
-    )
+    chosen = rng.integers(0, len(products), int(rng.integers(1, 3)))
+    items = ", ".join(f"{products[int(i)]} x{int(rng.integers(1, 4))}" for i in chosen)
     parts = [
         f"Payment {480_000 + number}: {rng.integers(5, 900)}.{rng.integers(0, 100):02d} EUR for {items}.",
         f"Card from {card}, shipped to {ship}, address seen at {ip}.",

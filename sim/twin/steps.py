@@ -1,4 +1,4 @@
-"""A replica's journal as steps: what ran when, of which shape, for how long. For utilisation and for the cost's error."""
+"""A replica's journal as steps: what ran when, of which shape, for how long. For utilisation and cost errors."""
 
 from __future__ import annotations
 

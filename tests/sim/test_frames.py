@@ -97,10 +97,14 @@ def test_requests_that_only_the_client_knows_of_count_as_failed():
 
 
 def test_an_answer_that_never_reached_its_client_was_not_served():
-    records = [record("cut", 1), record("shed", 2, None, "rejected", error_code="overloaded"), record("fine", 3)]
-    frame = requests_frame(records, seen({"request_id": "cut", "status": 0}, {"request_id": "shed", "status": 503}))
-    assert list(frame["outcome"]) == ["failed", "rejected", "served"]
-    assert list(frame["error_code"].fillna("")) == ["connection_failed", "overloaded", ""]
+    shed = record("shed", 2, None, "rejected", error_code="overloaded")
+    client = seen(
+        {"request_id": "cut", "scheduled_ns": 1, "status": 0}, {"request_id": "shed", "scheduled_ns": 2, "status": 503},
+        {"request_id": "broke", "scheduled_ns": 3, "error_code": "model_failed"},
+    )
+    frame = requests_frame([record("cut", 1), shed, record("broke", 3), record("fine", 4)], client)
+    assert list(frame["outcome"]) == ["failed", "rejected", "failed", "served"]
+    assert list(frame["error_code"].fillna("")) == ["connection_failed", "overloaded", "model_failed", ""]
 
 
 def test_a_client_that_names_a_request_twice_is_refused():

@@ -6,13 +6,14 @@ import json
 import msgspec
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from engine.config import ClassConfig, Scenario
 from engine.events import LevelRecord, RequestRecord
 from engine.units import MS_NS, S_NS
 from sim.desk.frames import level_frame, requests_frame
 from sim.desk.summary import Summary, demo_table, summarise, verdict
-from sim.desk.tables import by_class, class_rows, overall
+from sim.desk.tables import by_class, class_rows, overall, run_table
 
 SALE = Scenario(
     name="flash-sale",
@@ -150,10 +151,14 @@ def test_the_json_is_the_contract_and_comes_back():
 # ---------------------------------------------------------------- side by side
 
 
-def shown(live: Summary, twin: Summary) -> str:
+def printed(table: Table) -> str:
     console = Console(width=100, file=io.StringIO(), color_system=None)
-    console.print(demo_table(live, twin))
+    console.print(table)
     return console.file.getvalue()
+
+
+def shown(live: Summary, twin: Summary) -> str:
+    return printed(demo_table(live, twin))
 
 
 def test_the_demo_table_fits_100_columns_and_says_what_matters():
@@ -173,6 +178,13 @@ def test_a_class_name_is_no_markup():
     odd = [row("[red]x[/red]", "model"), gone("tips", "[bold]"), *RECORDS]
     text = shown(summary(odd), summary(odd))
     assert "[red]x[/red]" in text and "not served: [bold]" in text
+
+
+def test_one_run_by_itself_has_one_column():
+    text = printed(run_table(summary()))
+    rows = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
+    assert rows["offered"] == ["offered", "15"] and rows["tips"] == ["tips", "3", "2", "2", "0", "67", "%"]
+    assert "live" not in text and "twin" not in text
 
 
 def test_differences_are_relative_for_amounts_and_in_points_for_shares():

