@@ -41,9 +41,6 @@ def bare_load(
     keys = {cls.tenant: key for cls in scenario.classes.values()}
     with Progress("load", len(requests), "requests", budget_s=shape.duration_s) as progress:
         seen = asyncio.run(play(url, keys, requests, progress.update))
-    if all(s.status == 0 for s in seen):
-        why, fix = str(seen[0].error_code), "doorbuster serve, in another terminal"
-        raise UserError("nothing answered", where=url, why=why, fix=fix)
     folder = runs.create(resolved, "load")
     frame = client_frame(seen)
     end_ns = max(s_to_ns(shape.duration_s), int((frame["arrived_ns"] + frame["e2e_ns"].fillna(0)).max()))

@@ -39,7 +39,7 @@ Foreign = Annotated[
 ]
 CalibrationFile = Annotated[Path | None, typer.Option("--calibration", help="a file of `doorbuster calibrate`")]
 
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 100)  # tables are made for 100 columns
 err = Console(stderr=True, highlight=False)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from engine.errors import UserError
 from engine.units import S_NS
 from sim.twin.workload import Request
 
@@ -44,7 +45,11 @@ async def play(
     """Send ``requests`` at their instants; ``keys``: tenant to API key. Returns in the order of the requests."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False) as client:
-        await client.get("/healthz")  # connection, parser and event loop are warm when the sale begins
+        try:
+            await client.get("/healthz")  # connection, parser and event loop are warm when the sale begins
+        except httpx.HTTPError as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError("nothing answered", url, why, "doorbuster serve, in another terminal") from None
         start_ns = time.monotonic_ns() + S_NS // 10
         tasks: list[asyncio.Task[Seen]] = []
         done = 0

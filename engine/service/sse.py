@@ -73,7 +73,6 @@ class Listener:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.gone = True
-        self._cancel(self.stream.rid)
         self.stream.push("", 0)  # wakes the reader
 
 

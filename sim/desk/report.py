@@ -66,6 +66,8 @@ def write_report(
     Raises FileExistsError: a report never overwrites a report.
     """
     path = folder / NAME
+    if path.exists():
+        raise FileExistsError(path)
     text = render(live, twin, verdict, card, extra_tables or {})
     with path.open("x", encoding="utf-8") as file:
         file.write(text)

@@ -30,6 +30,7 @@ from engine.policy.replica import Replica
 from engine.units import S_NS, ceil_div
 from sim.twin.cost import StepSample
 
+TELL_EVERY_S = 3.0
 PARAMS = SamplingParams(ignore_eos=True)
 
 
@@ -182,10 +183,13 @@ def measure(spec: MeasureSpec) -> Measured:
     for _ in bench.design(scenario.batcher.slots, scenario.batcher.step_tokens):
         pass  # warm-up: allocator, kernels, page faults
     samples: list[StepSample] = []
-    began = time.monotonic()
-    while (spent := time.monotonic() - began) < spec.design_s:
+    began = told = time.monotonic()
+    while (now := time.monotonic()) - began < spec.design_s:
         samples += bench.design(scenario.batcher.slots, scenario.batcher.step_tokens)
-        print(f"calibrate: {len(samples)} steps  {spent:.0f} of {spec.design_s:.0f} s", file=sys.stderr, flush=True)
+        if now - told >= TELL_EVERY_S:
+            told = now
+            spent = f"{now - began:.0f} of {spec.design_s:.0f} s"
+            print(f"calibrate: {len(samples)} steps  {spent}", file=sys.stderr, flush=True)
     gaps: list[int] = []
     for name, parts in spec.traces.items():
         runner = TorchRunner(model, prefix.blocks, prefix.block_tokens, hasher)

@@ -101,8 +101,10 @@ class TwinSystem:
         for journal in self._journals:
             journal.close()
         records = self.gateway.records
+        requests = [self._at_the_client(r) for r in records if isinstance(r, RequestRecord)]
         return TwinRun(
-            requests=[self._at_the_client(r) for r in records if isinstance(r, RequestRecord)],
+            requests=requests,
             levels=[r for r in records if isinstance(r, LevelRecord)],
-            answers=self.gateway.answers, end_ns=now_ns(self.env), busy_ns=self.replica.busy_ns,
+            answers=self.gateway.answers, busy_ns=self.replica.busy_ns,
+            end_ns=max((r.arrived_ns + r.e2e_ns for r in requests), default=0),  # not the last idle timer
         )

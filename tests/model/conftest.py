@@ -12,10 +12,10 @@ from functools import cache
 
 import pytest
 import torch
-from hand import Hand, hand_on
 from transformers import PreTrainedModel
 
 from engine.model.loader import LoadedModel, load, load_plain, prepare
+from tests.model.hand import Hand, hand_on
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def test_a_packed_weight_is_a_copy() -> None:
 
 
 def test_every_fp32_linear_is_replaced_and_nothing_else() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4).bfloat16()), nn.LayerNorm(8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4).half()), nn.LayerNorm(8))
     assert pack(model) == 1
     assert [type(m).__name__ for m in model.modules()] == [
         "Sequential", "PackedLinear", "Sequential", "Embedding", "Linear", "LayerNorm",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from hand import BLOCK, BLOCKS, Hand, hand_on, prompt_of
 
 from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepFailed, StepShape
 from engine.model import attention
 from engine.model.loader import LoadedModel
 from engine.model.stepping import SamplingParams
+from tests.model.hand import BLOCK, BLOCKS, Hand, hand_on, prompt_of
 
 N = 12  # tokens generated unless a test says otherwise
 
@@ -208,28 +210,42 @@ def test_neighbours_never_change_a_sample(tiny: LoadedModel) -> None:
     assert len({tuple(tokens) for tokens in crowd.out.values()}) == 8
 
 
+@contextmanager
+def nan_embedding(model: LoadedModel, token: int) -> Iterator[None]:
+    """Inside, whoever reads ``token`` gets nan."""
+    weight = model.model.get_input_embeddings().weight
+    with torch.inference_mode():
+        kept = weight.detach()[token].clone()
+        weight[token] = float("nan")
+        try:
+            yield
+        finally:
+            weight[token] = kept
+
+
 def test_a_row_with_nan_fails_alone_and_taints_nobody(hand: Hand, reference, tiny: LoadedModel) -> None:
-    good, after = prompt_of(0, 20), prompt_of(2, 20)
-    bad = [*prompt_of(1, 20), 1999]
-    weight = tiny.model.get_input_embeddings().weight
-    kept = weight.detach()[1999].clone()
-    table = hand.take(21 + N)
-    try:
-        with torch.inference_mode():
-            weight[1999] = float("nan")
-        hand.submit(0, good, N)
-        hand.submit(1, bad, N)
-        starts = [SeqStart(0, 0, hand.take(20 + N)), SeqStart(1, 0, table)]
-        hand.step(starts, [(0, 20), (1, 21)])
-    finally:
-        with torch.inference_mode():
-            weight[1999] = kept
-    assert hand.ended == {1: "failed"} and 1 not in hand.out
-    assert all(torch.isnan(layer[list(table)]).any() for layer in hand.runner.pool.values[1:]), "the test must taint"
-    hand.submit(2, after, N)
-    hand.step([SeqStart(2, 0, table)], [(2, 20)])
-    hand.finish(0, 2)
-    assert hand.out == {0: reference(good, N), 2: reference(after, N)}
+    short, long, after = prompt_of(0, 20), prompt_of(1, 70), prompt_of(2, 18)
+    bad = [*prompt_of(3, 2), 1999, *prompt_of(4, 28)]
+    hand.free.remove(0)
+    table = (hand.take(16)[0], 0, *hand.take(16))  # block 0 is what a careless padding would read
+    hand.whole(0, short, N)
+    hand.whole(1, long, N)
+    with nan_embedding(tiny, 1999):
+        hand.submit(2, bad, N)
+        hand.step([SeqStart(2, 0, table)], [(2, 31)])
+    assert hand.ended == {2: "failed"} and 2 not in hand.out
+    assert all(torch.isnan(hand.runner.pool.values[1][block]).any() for block in table[:2]), "the test must taint"
+    hand.submit(3, after, N)
+    hand.step([SeqStart(3, 0, table)], [(3, 18)])
+    hand.finish(0, 1, 3)
+    assert hand.out == {0: reference(short, N), 1: reference(long, N), 3: reference(after, N)}
+
+
+def test_a_block_that_gave_nan_is_not_offered_to_others(hand: Hand, tiny: LoadedModel) -> None:
+    hand.whole(0, prompt_of(0, 2 * BLOCK - 1), N)
+    with nan_embedding(tiny, hand.out[0][0]):
+        hand.step()
+    assert hand.ended == {0: "failed"} and hand.filled == []
 
 
 def test_a_forward_that_raises_is_a_failed_step_and_the_runner_lives_on(hand: Hand, reference, monkeypatch) -> None:

@@ -10,12 +10,12 @@ import csv
 
 import pytest
 import torch
-from through_replica import Request, config, differences, through_replica
 
 from engine.model.folder import ModelFolder, prepare
 from engine.model.loader import load, load_plain
 from engine.model.smalllm import CORPORA
 from engine.model.tokenizer import Tokenizer, load_tokenizer
+from tests.model.through_replica import Request, config, differences, through_replica
 
 pytestmark = pytest.mark.slow
 COUNT, OUTPUT = 50, 20
@@ -72,12 +72,11 @@ def test_prompts_are_those_of_transformers(folder: ModelFolder, tokenizer: Token
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder.path)
-    for name, text in corpus():
-        for chat in (
-            [{"role": "user", "content": text}],
-            [{"role": "system", "content": name}, {"role": "user", "content": text}],
-        ):
-            assert tokenizer.render(chat) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for name, question in corpus():
+        asked = {"role": "user", "content": question}
+        for chat in ([asked], [{"role": "system", "content": name}, asked]):
+            text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            assert tokenizer.render(chat) == text
             ids = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
             assert tokenizer.encode(tokenizer.render(chat)) == ids
             assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)

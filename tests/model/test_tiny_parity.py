@@ -1,15 +1,15 @@
-"""The tiny model through the replica machine: whatever it batches, cuts, shares and preempts, tokens are generate()'s."""
+"""The tiny model through the replica machine: whatever it batches, cuts, shares and preempts, its tokens are right."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-from hand import prompt_of
-from through_replica import Request, config, differences, through_replica
 from transformers import PreTrainedModel
 
 from engine.model.loader import LoadedModel
+from tests.model.hand import prompt_of
+from tests.model.through_replica import Request, config, differences, through_replica
 
 
 def sale(seed: int, count: int = 40) -> list[Request]:

@@ -90,9 +90,10 @@ def save_small(folder: Path) -> Path:
 TEMPLATES = [
     smalllm.CHAT_TEMPLATE,
     # SmolLM2's, with its default system message
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are"
-    " a helpful AI assistant<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] +"
-    " '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     # what other templates lean on: trimmed blocks, bos, tojson, loop controls, the training tag
     "{{ bos_token }}\n{%- for m in messages %}\n  {% if not m.content %}{% continue %}{% endif %}\n"
     "  {%- generation %}{{ m | tojson }}{%- endgeneration %}\n{% endfor %}{{ eos_token }}",

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
-from engine.events import Ended, RunStep, Submit
+from engine.events import Ended, RunStep, StepDone, Submit
 from engine.model.blockhash import Hasher
 from engine.model.loader import LoadedModel
 from engine.model.runner import TorchRunner
-from engine.model.stepping import SamplingParams, StepResult
+from engine.model.stepping import SamplingParams
 from engine.model.wire import Output, Work
 from engine.model.worker import ReplicaDriver
 from engine.policy.replica import Replica
@@ -66,10 +66,10 @@ def through_replica(model: LoadedModel, requests: list[Request], shape: ReplicaC
             steps = min((request.at_step for request in waiting.values()), default=steps)
             continue
         _watch(run, step, runner)
-        result = runner.run(step, lambda: bool(waiting) and min(r.at_step for r in waiting.values()) <= steps)
-        assert not isinstance(result, StepResult) or result.done.__class__.__name__ == "StepDone", result.done
-        steps += result.done.steps  # type: ignore[union-attr]
-        run.most_steps = max(run.most_steps, result.done.steps)  # type: ignore[union-attr]
+        result = runner.run(step, lambda: False)
+        assert isinstance(result.done, StepDone), result.done
+        steps += result.done.steps
+        run.most_steps = max(run.most_steps, result.done.steps)
         _gather(run, driver.finish(now_ns, result))
         driver.machine.check()
     return run
@@ -116,11 +116,11 @@ def differences(plain: PreTrainedModel, requests: list[Request], run: Run, eos: 
         got = run.out.get(sid, [])
         if got == want:
             continue
-        at = next((i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), min(len(got), len(want)))
+        at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
         best = said.logits[at][0].topk(2).values if at < len(said.logits) else torch.tensor([1.0, 0.0])
         gap = float(best[0] - best[1])
         if gap < tie:
             print(f"request {sid}: token {at} differs where the reference itself is level, gap {gap:.1e}")
         else:
-            wrong.append(f"request {sid}: token {at} of {len(want)} differs, gap {gap:.1e}: {got[at:at + 3]} {want[at:at + 3]}")
+            wrong.append(f"request {sid}: token {at} of {len(want)}, gap {gap:.1e}: {got[at:][:3]} {want[at:][:3]}")
     return wrong

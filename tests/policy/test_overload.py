@@ -206,8 +206,18 @@ def test_a_late_call_closes_all_windows_that_are_over() -> None:
     assert calm.next_wake_ns() == 700 * MS_NS
     loud = Overload(CONFIG, CLASSES)
     loud.observe(0, {"chat": -1500 * MS_NS})
-    assert loud.observe(3600 * S_NS + 1, {"chat": 0}) is None
-    assert loud.next_wake_ns() == 3600 * S_NS + WINDOW_NS
+    years_ns = 10 * 365 * 86_400 * S_NS  # in one jump: three billion windows would take an hour
+    assert loud.observe(years_ns + 1, {"chat": 0}) is None
+    assert loud.next_wake_ns() == years_ns + WINDOW_NS
+
+
+def test_a_late_call_at_the_very_end_of_a_window_closes_that_one_too() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    overload.observe(0, {"chat": -1500 * MS_NS})
+    overload.observe(500 * MS_NS, {"chat": -1500 * MS_NS})
+    for ms in (600, 700):
+        assert overload.observe(ms * MS_NS, {}) is None
+    assert overload.observe(800 * MS_NS, {}) == LevelChange(800 * MS_NS, 2, "", 0)
 
 
 def test_a_window_without_observations_is_judged_by_the_next_one() -> None:

@@ -112,7 +112,8 @@ class Engine:
         try:
             yield
         finally:
-            self.worker.send_signal(signal.SIGCONT)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.worker.send_signal(signal.SIGCONT)
 
     def http(self, tenant: str | None = "shop", **headers: str) -> httpx.Client:
         """A plain client; ``None`` brings no key."""

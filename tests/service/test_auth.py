@@ -52,12 +52,12 @@ def test_each_key_finds_its_own_tenant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, b"", b"Bearer", b"Bearer ", b"Basic abc", b"Bearer db-nobody", b"Bearer \xff", "KEY", "Bearer"]
+    "header", [None, b"", b"Bearer", b"Bearer ", b"Basic abc", b"Bearer db-nobody", b"Bearer \xff", "KEY", "Basic", "Twice"]
 )
 def test_no_key_no_entry(header: bytes | str | None) -> None:
     ring, key = KeyRing.single()
     if isinstance(header, str):  # the right key, said in the wrong way
-        header = {"KEY": key, "Bearer": f"Bearer {key}, Bearer {key}"}[header].encode()
+        header = {"KEY": key, "Basic": f"Basic {key}", "Twice": f"Bearer {key}, Bearer {key}"}[header].encode()
     with pytest.raises(RequestError) as caught:
         ring.authenticate(header)
     assert (caught.value.code, caught.value.status) == ("unauthorized", 401)

@@ -1,0 +1,516 @@
+"""A replica's world in plain Python: a runner that keeps every token, and a model of what each KV block holds.
+
+It drives a ``Replica`` as a driver would, works out from first principles what every action must be, and compares. A
+position of the KV depends on its token and on all tokens before it; ``follow`` folds them into one number, so a block
+that holds the wrong prefix, another tenant's, or garbage cannot go unnoticed. Nothing here is taken from the batcher's
+own books; the prefix cache is only asked what it finds (``match``) and what it pins (``is_pinned``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.config import ReplicaConfig
+from engine.events import (
+    Abort,
+    Chunk,
+    Drain,
+    Ended,
+    EndReason,
+    Filled,
+    FirstToken,
+    Plan,
+    Pressure,
+    ReplicaAction,
+    ReplicaEvent,
+    RunStep,
+    SeqEnd,
+    StepDone,
+    StepFailed,
+    StepShape,
+    Submit,
+    Waiting,
+)
+from engine.model.blockhash import Hasher
+from engine.policy.replica import Replica
+
+MASK = (1 << 64) - 1
+NEVER_NS = 1 << 62
+
+
+def follow(before: int, token: int) -> int:
+    """What the KV of a token's position depends on: all tokens before it, and itself."""
+    return (before * 6364136223846793005 + 2 * token + 1442695040888963407) & MASK
+
+
+def said_after(state: int) -> int | None:
+    """The model: greedy, so the same words lead to the same answer. ``None`` is the end token."""
+    mixed = ((state ^ (state >> 29)) * 0xBF58476D1CE4E5B9) & MASK
+    return None if mixed % 17 == 0 else mixed >> 40
+
+
+@dataclass(eq=False)
+class Asked:
+    """One request as the runner knows it."""
+
+    submit: Submit
+    tokens: list[int]  # prompt and outputs
+    states: list[int]  # follow() at each of them
+    chain: list[bytes]  # digests of the full blocks known so far
+    endless: bool  # ignores the end token
+    computed: int = 0
+    table: list[int] = field(default_factory=list)
+    running: bool = False
+    decoding: bool = False
+    outputs: int = 0
+    first_ns: int | None = None
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def sid(self) -> int:
+        return self.submit.sid
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return (self.submit.priority, self.submit.sent_ns, self.submit.sid)
+
+    def ended(self, reason: EndReason) -> Ended:
+        queue_ns = 0 if self.first_ns is None else self.first_ns - self.submit.sent_ns
+        return Ended(
+            self.sid, reason, self.computed_tokens, self.cached_tokens, self.outputs, queue_ns, self.preemptions
+        )
+
+
+class ReplicaWorld:
+    """Everything round one replica. ``now_ns`` belongs to the test."""
+
+    def __init__(self, config: ReplicaConfig) -> None:
+        self.config, self.batcher = config, config.batcher
+        self.machine = Replica(config)
+        self.pool = self.machine.batcher.pool
+        self.size = config.prefix.block_tokens
+        self.hasher = Hasher(b"k" * 16, self.size)
+        self.now_ns = 0
+        self.open: dict[int, Asked] = {}
+        self.endings: dict[int, Ended] = {}
+        self.answers: dict[int, list[int]] = {}
+        self.finished: list[tuple[str, list[int]]] = []  # conversations that can go on
+        self.counts: Counter[str] = Counter()  # what the trace has been through
+        self.step: RunStep | None = None
+        self.steps = 0
+        self.submitted = -1
+        self.draining = False
+        self.content: list[list[int | None]] = [[None] * self.size for _ in range(config.prefix.blocks)]
+        self._truth: dict[bytes, tuple[int, ...]] = {}  # digest -> what a block of that name must hold
+        self._findable: dict[bytes, None] = {}  # digests found at the last look, and those touched since
+        self._told: dict[int, None] = {}  # in the runner's running set, until stopped
+        self._left: dict[int, None] = {}  # ended in the runner by itself: stopping it is a no-op
+        self._last_pressure: Pressure | None = None
+        self._query_tokens = self._hit_tokens = 0
+
+    # ------------------------------------------------------------ what comes in
+
+    def submit(
+        self, tokens: list[int], max_tokens: int = 4, priority: int = 1, tenant: str = "t", pinned_blocks: int = 0,
+        late_ns: int = 0, start_by_ns: int = NEVER_NS, endless: bool = False,
+    ) -> int:
+        """A request that was sent ``late_ns`` ago."""
+        root = self.hasher.root(tenant, "m")
+        chain = self.hasher.chain(root, tokens)
+        states, state = [], int.from_bytes(root[:8], "little")
+        for token in tokens:
+            state = follow(state, token)
+            states.append(state)
+        self.submitted += 1
+        ask = Submit(
+            sid=self.submitted, rid=self.submitted, tenant=tenant, traffic_class=f"class-{priority}",
+            priority=priority, sent_ns=self.now_ns - late_ns, start_by_ns=start_by_ns, prompt_tokens=len(tokens),
+            max_tokens=max_tokens, blocks=chain, pinned_blocks=min(pinned_blocks, len(chain)),
+        )
+        asked = Asked(ask, list(tokens), states, list(chain), endless)
+        for index, digest in enumerate(chain):
+            self._name(asked, index, digest)
+        worst = -(-(len(tokens) + max_tokens) // self.size)
+        room = self.config.prefix.blocks - self.config.prefix.pinned_blocks - self.batcher.reserved_blocks
+        if self.draining or worst > room:
+            self._expect(ask, [asked.ended("draining" if self.draining else "failed")])
+        else:
+            self._expect(ask, [])
+            self.open[ask.sid] = asked
+        return ask.sid
+
+    def abort(self, sid: int) -> None:
+        """In whatever state it is; unknown and ended ones are no-ops."""
+        asked = self.open.get(sid)
+        self._expect(Abort(sid), [] if asked is None else [asked.ended("aborted")])
+        if asked is not None:
+            self.counts["abort " + ("decode" if asked.decoding else "prefill" if asked.running else "waiting")] += 1
+            self.counts["abort preempted"] += not asked.running and asked.preemptions > 0
+            self._end(asked)
+
+    def drain(self) -> None:
+        """From now on every Submit is refused."""
+        self._expect(Drain(), [])
+        self.draining = True
+
+    def turn(self, want: int = 1, fault: str = "", pick: int = 0) -> bool:
+        """Plan, and run up to ``want`` steps of the plan. False when there was nothing to run."""
+        self.plan()
+        if self.step is None:
+            return False
+        self.run(want, fault, pick)
+        return True
+
+    def finish(self, want: int = 1) -> None:
+        """Nothing new comes: everything must end, within the number of steps that one token a step would take."""
+        left = sum(len(a.tokens) + a.submit.max_tokens for a in self.open.values()) + 2
+        while self.turn(want):
+            self.now_ns += 1_000
+            left -= 1
+            assert left, "liveness: what was accepted ends"
+        assert not self.open, "liveness: nothing is left when nothing runs"
+        stats = self.machine.stats()
+        assert (stats.running, stats.waiting, stats.queued_tokens) == (0, 0, 0), "quiet: nobody is left"
+        assert stats.prefix.used == stats.prefix.pinned, "quiet: only pins hold blocks"
+        assert stats.prefix.free + stats.prefix.evictable == stats.prefix.total - stats.prefix.pinned
+
+    # ------------------------------------------------------------ the plan
+
+    def plan(self) -> None:
+        """What Plan answers, checked from scratch."""
+        assert self.step is None
+        before = {sid: self.pool.match(a.chain, len(a.tokens)) for sid, a in self.open.items() if not a.running}
+        late = [a for a in self.open.values() if a.first_ns is None and a.submit.start_by_ns < self.now_ns]
+        late.sort(key=lambda a: (a.submit.start_by_ns, a.sid))
+        actions = self._handle(Plan())
+        assert actions[: len(late)] == [a.ended("deadline") for a in late], "deadline: those never scheduled, no other"
+        for asked in late:
+            self._end(asked)
+        actions = actions[len(late) :]
+        if self.open:
+            assert actions and isinstance(actions[0], RunStep), "liveness: what waits runs when nothing else does"
+            self._apply(actions.pop(0), before)  # type: ignore[arg-type]
+        pressure = self._pressure()
+        assert actions == ([pressure] if pressure != self._last_pressure else []), "pressure: true, and only on change"
+        self._last_pressure = pressure
+
+    def _apply(self, step: RunStep, before: dict[int, list[int]]) -> None:
+        self.step = step
+        assert step.step == self.steps, "step: counted without gaps"
+        victims = self._stop(step.stop)
+        self._start(step)
+        for grow in step.grow:
+            asked = self.open[grow.sid]
+            assert asked.running and asked.decoding, "grow: a decode row that goes on"
+            assert len(asked.table) * self.size == asked.computed, "grow: not before it is needed"
+            self._fresh(grow.blocks)
+            asked.table += grow.blocks
+        assert list(self._told) == [sid for sid in self._told if sid in self.open and self.open[sid].running]
+        self._shape(step)
+        self._strict(step, before, victims)
+
+    def _stop(self, stop: tuple[int, ...]) -> int:
+        """Takes them off; the number of decode rows among those that were put back."""
+        assert len(set(stop)) == len(stop), "stop: once each"
+        victims = 0
+        for sid in stop:
+            assert sid in self._told or sid in self._left, "stop: only what runs"
+            self._told.pop(sid, None)
+            self._left.pop(sid, None)
+            if asked := self.open.get(sid):
+                victims += asked.decoding
+                self.counts["preempted " + ("decode" if asked.decoding else "prefill")] += 1
+                asked.running = asked.decoding = False
+                asked.preemptions += 1
+                asked.computed, asked.table = 0, []
+        return victims
+
+    def _start(self, step: RunStep) -> None:
+        begun: set[int] = set()  # blocks that this very step fills
+        others = False
+        for start in step.start:
+            asked, cached = self.open[start.sid], start.computed // self.size
+            assert not asked.running, "start: only what waits"
+            assert start.computed % self.size == 0 and start.computed < len(asked.tokens), "hit: full blocks, never all"
+            assert len(start.blocks) == -(-len(asked.tokens) // self.size), "table: long enough for all known tokens"
+            assert len(set(start.blocks)) == len(start.blocks), "table: no block twice"
+            self._fresh(start.blocks[cached:])
+            self.counts["shared in step"] += bool(begun & set(start.blocks[:cached]))
+            self.counts["hit"] += cached > 0
+            self.counts["resumed mid-answer"] += asked.outputs > 0
+            begun |= set(start.blocks[cached:])
+            asked.table, asked.computed, asked.running = list(start.blocks), start.computed, True
+            if asked.first_ns is None:
+                asked.first_ns, asked.cached_tokens = self.now_ns, start.computed
+                self._query_tokens += asked.submit.prompt_tokens
+                self._hit_tokens += start.computed
+            self._told[start.sid] = None
+            others = others or asked.submit.priority > 0
+        running = self._running()
+        assert len(running) <= self.batcher.slots, "slots: never exceeded"
+        rest = sum(a.submit.priority > 0 for a in running)
+        assert rest <= self.batcher.slots - self.batcher.reserved_slots, "slots: the reserve is for critical"
+        if others:  # growing rows may have dipped into it; admissions may not
+            assert self._available(running) >= self.batcher.reserved_blocks, "blocks: the reserve is for critical"
+
+    def _shape(self, step: RunStep) -> None:
+        rows = [a for a in self._running() if a.decoding]
+        chunks = [(self.open[c.sid], c.tokens) for c in step.chunks]
+        for asked, tokens in chunks:
+            assert asked.running and not asked.decoding, "chunk: only of what is in prefill"
+            assert 0 < tokens <= len(asked.tokens) - asked.computed, "chunk: of tokens that are known"
+        for asked in rows:
+            assert len(asked.tokens) == asked.computed + 1 <= len(asked.table) * self.size, "decode: one token, with room"
+        assert {s.sid for s in step.start} <= {c.sid for c in step.chunks}, "start: runs at once"
+        assert step.shape == StepShape(
+            prefill_tokens=sum(n for _, n in chunks), prefill_rows=len(chunks), decode_rows=len(rows),
+            decode_kv_tokens=sum(len(a.tokens) for a in rows),
+            attention_area=sum(n * (2 * a.computed + n) for a, n in chunks),
+        ), "shape: what the step costs by"
+        assert len(rows) + sum(n for _, n in chunks) <= self.batcher.step_tokens, "budget: never exceeded"
+        if chunks or len(self._running()) < len(self.open):
+            assert step.at_most == 1, "at most one step while something waits"
+        else:
+            borders = [len(a.table) * self.size - a.computed for a in rows]
+            limits = [a.submit.max_tokens - a.outputs for a in rows]
+            assert step.at_most == min([self.batcher.max_multi_steps, *borders, *limits]), "until something is decided"
+
+    # ------------------------------------------------------------ strict priority
+
+    def _strict(self, step: RunStep, before: dict[int, list[int]], victims: int) -> None:
+        """Who is served is served in order of rank; whoever is passed over could not have been taken in.
+
+        A waiting head that cannot be taken in stops all waiting behind it, but not what already runs: it holds its
+        blocks anyway. ``victims`` decode rows left while the budget was being filled, so it may be short by them.
+        """
+        ranks = [self.open[c.sid].rank for c in step.chunks]
+        assert ranks == sorted(ranks), "chunks: in order of rank"
+        waiting = sorted((a for a in self.open.values() if not a.running), key=lambda a: a.rank)
+        started = [self.open[s.sid].rank for s in step.start]
+        assert not started or not waiting or max(started) < waiting[0].rank, "admission: in order of rank"
+        used = step.shape.decode_rows + step.shape.prefill_tokens
+        spent = used + victims >= self.batcher.step_tokens
+        partial = [c.sid for c in step.chunks if c.tokens < len(self.open[c.sid].tokens) - self.open[c.sid].computed]
+        assert not partial or (spent and partial == [step.chunks[-1].sid]), "chunks: whole, but for the last of the budget"
+        starved = [a.rank for a in self._running() if not a.decoding and a.sid not in {c.sid for c in step.chunks}]
+        assert not starved or (spent and min(starved) > max(ranks)), "prefill: first come, first served"
+        if waiting:
+            head = waiting[0]
+            if not spent or ranks[-1] > head.rank:
+                assert not self._could_enter(head, before.get(head.sid, [])), "head: passed over only if it had no room"
+
+    def _could_enter(self, head: Asked, before: list[int]) -> bool:
+        """Were everything of lower priority put back, would there be a slot and blocks for it?
+
+        ``before``: blocks that it would have hit before this plan; those still there after it were there meanwhile.
+        """
+        hits = [b for b, c in zip(before, self.pool.match(head.chain, len(head.tokens)), strict=False) if b == c]
+        stay = [a for a in self._running() if a.submit.priority <= head.submit.priority]
+        held = self._held(stay)
+        need = -(-len(head.tokens) // self.size) - len([b for b in hits if b in held])
+        reserve, slots = 0, len(stay) < self.batcher.slots
+        if head.submit.priority:
+            reserve = self.batcher.reserved_blocks
+            others = sum(a.submit.priority > 0 for a in stay)
+            slots = slots and others < self.batcher.slots - self.batcher.reserved_slots
+        return slots and need + reserve <= self.config.prefix.blocks - len(held)
+
+    # ------------------------------------------------------------ the run
+
+    def run(self, want: int = 1, fault: str = "", pick: int = 0) -> None:
+        """The runner. ``fault``: "step" raises in the forward, "nan" spoils one row that was to give a token."""
+        step, self.step = self.step, None
+        assert step is not None
+        touched = [a for a, _ in self._rows(step.chunks)]
+        if fault == "step":
+            self._fail(step)
+        else:
+            self._done(step, want, pick if fault == "nan" else None)
+        for asked in touched:
+            self._findable.update(dict.fromkeys(asked.chain))
+        self._check_findable()
+
+    def _fail(self, step: RunStep) -> None:
+        rows = self._rows(step.chunks)
+        for asked, tokens in rows:
+            for position in range(asked.computed, asked.computed + tokens):
+                self.content[asked.table[position // self.size]][position % self.size] = None
+        got = self._handle(StepFailed("the forward raised"))
+        assert sorted(got, key=lambda e: e.sid) == sorted((a.ended("failed") for a, _ in rows), key=lambda e: e.sid)
+        for asked, _ in rows:
+            self._end(asked)
+        self.steps += 1
+        self.counts["step failed"] += 1
+
+    def _done(self, step: RunStep, want: int, spoiled: int | None) -> None:
+        first: list[int] = []
+        ends: list[SeqEnd] = []
+        filled: list[Filled] = []
+        chunks, steps = step.chunks, 0
+        while not ends and steps < max(1, min(want, step.at_most)):
+            rows = self._rows(chunks)
+            yielding = [a for a, n in rows if a.computed + n == len(a.tokens)]
+            silent = len(yielding) < len(rows)  # its nan would only show at its own first token
+            broken = yielding[spoiled % len(yielding)] if spoiled is not None and yielding and not silent else None
+            failed = self._forward(rows, broken)
+            for asked, tokens in rows:
+                asked.computed += tokens
+                asked.computed_tokens += tokens if chunks and asked.sid in {c.sid for c in chunks} else 0
+                if asked.sid not in failed:
+                    self._fill(asked, filled)
+            for asked in yielding:
+                self._accept(asked, asked.sid in failed, first, ends)
+            chunks, steps = (), steps + 1
+        self.steps += steps
+        self.counts["multi"] += steps > 1
+        want_first = [FirstToken(sid, self.open[sid].ended("stop").queue_ns, self.open[sid].cached_tokens) for sid in first]
+        want_ended = [self.open[e.sid].ended(e.reason) for e in ends]
+        got = self._handle(StepDone(steps, tuple(first), tuple(ends), tuple(filled)))
+        assert got == [*want_first, *want_ended], "step: first tokens, then ends"
+        for end in ends:
+            self.counts["end " + end.reason] += 1
+            asked = self.open[end.sid]
+            self._told.pop(end.sid)
+            self._left[end.sid] = None
+            self.finished = [*self.finished[-7:], (asked.submit.tenant, list(asked.tokens))]
+            self._end(asked)
+
+    def _rows(self, chunks: tuple[Chunk, ...]) -> list[tuple[Asked, int]]:
+        rows = [(a, 1) for a in sorted(self._running(), key=lambda a: a.sid) if a.decoding]
+        return rows + [(self.open[c.sid], c.tokens) for c in chunks]
+
+    def _forward(self, rows: list[tuple[Asked, int]], broken: Asked | None) -> list[int]:
+        """In every layer all KV is written, then all is read. The sids whose output is nan."""
+        writer: dict[int, int] = {}
+        for asked, tokens in rows:
+            for position in range(asked.computed, asked.computed + tokens):
+                block = asked.table[position // self.size]
+                assert writer.setdefault(block, asked.sid) == asked.sid, "write: one sequence a block"
+                self.content[block][position % self.size] = None if asked is broken else asked.states[position]
+        failed = [] if broken is None else [broken.sid]
+        again = True
+        while again:  # whoever reads nan writes nan
+            again = False
+            for asked, tokens in rows:
+                stop, at = asked.computed + tokens, 0
+                held: list[int | None] = []
+                for block in asked.table[: -(-stop // self.size)]:
+                    held += self.content[block]
+                    at += self.size
+                held = held[:stop]
+                if asked.sid in failed:
+                    continue
+                if failed and None in held:
+                    failed.append(asked.sid)
+                    again = True
+                    for position in range(asked.computed, stop):
+                        self.content[asked.table[position // self.size]][position % self.size] = None
+                    continue
+                assert held == asked.states[:stop], "read: every position holds this very prefix"
+        return failed
+
+    def _fill(self, asked: Asked, filled: list[Filled]) -> None:
+        while asked.computed >= (len(asked.chain) + 1) * self.size:
+            index = len(asked.chain)
+            parent = asked.chain[-1] if asked.chain else self.hasher.root(asked.submit.tenant, "m")
+            digest = self.hasher.extend(parent, asked.tokens[index * self.size : (index + 1) * self.size])
+            asked.chain.append(digest)
+            self._name(asked, index, digest)
+            filled.append(Filled(asked.sid, index, digest))
+
+    def _accept(self, asked: Asked, failed: bool, first: list[int], ends: list[SeqEnd]) -> None:
+        token = said_after(asked.states[-1])
+        if failed:
+            ends.append(SeqEnd(asked.sid, "failed"))
+        elif token is None and not asked.endless:
+            ends.append(SeqEnd(asked.sid, "stop"))
+        else:
+            token = token or 0
+            asked.tokens.append(token)
+            asked.states.append(follow(asked.states[-1], token))
+            asked.decoding = True
+            asked.outputs += 1
+            self.answers.setdefault(asked.sid, []).append(token)
+            if asked.outputs == 1:
+                first.append(asked.sid)
+            if asked.outputs == asked.submit.max_tokens:
+                ends.append(SeqEnd(asked.sid, "length"))
+
+    # ------------------------------------------------------------ books
+
+    def check(self) -> None:
+        """The machine's own invariants, and its counters against ours."""
+        self.machine.check()
+        stats = self.machine.stats()
+        running = len(self._running())
+        assert (stats.step, stats.running, stats.waiting) == (self.steps, running, len(self.open) - running)
+        assert stats.ended == sum(e.sid not in self._refused for e in self.endings.values())
+        assert (stats.prefix.query_tokens, stats.prefix.hit_tokens) == (self._query_tokens, self._hit_tokens)
+        ours = sum(a.preemptions for a in self.open.values()) + sum(e.preemptions for e in self.endings.values())
+        assert stats.preemptions == ours
+
+    @property
+    def _refused(self) -> list[int]:
+        return [e.sid for e in self.endings.values() if e.reason == "draining" or (e.reason == "failed" and not e.queue_ns)]
+
+    def _handle(self, event: ReplicaEvent) -> list[ReplicaAction]:
+        actions = self.machine.handle(self.now_ns, event)
+        for action in actions:
+            if isinstance(action, Ended):
+                assert action.sid not in self.endings, "end: exactly one for each Submit"
+                self.endings[action.sid] = action
+        assert self.machine.next_wake_ns() is None
+        return actions
+
+    def _expect(self, event: ReplicaEvent, actions: list[ReplicaAction]) -> None:
+        assert self._handle(event) == actions
+
+    def _end(self, asked: Asked) -> None:
+        del self.open[asked.sid]
+        asked.running = False
+
+    def _running(self) -> list[Asked]:
+        return [a for a in self.open.values() if a.running]
+
+    def _held(self, running: Iterable[Asked]) -> set[int]:
+        held = {block for asked in running for block in asked.table}
+        return held | {b for b in range(self.config.prefix.blocks) if self.pool.is_pinned(b)}
+
+    def _available(self, running: list[Asked]) -> int:
+        return self.config.prefix.blocks - len(self._held(running))
+
+    def _fresh(self, blocks: Iterable[int]) -> None:
+        """Newly given out: nobody else's, and full of rubbish until written."""
+        held = self._held(self._running())
+        for block in blocks:
+            assert block not in held, "fresh: a block that nobody holds"
+            self.content[block] = [None] * self.size
+
+    def _name(self, asked: Asked, index: int, digest: bytes) -> None:
+        states = tuple(asked.states[index * self.size : (index + 1) * self.size])
+        assert self._truth.setdefault(digest, states) == states, "digests: one for each prefix and tenant"
+
+    def _check_findable(self) -> None:
+        """Whatever can be found between two steps holds exactly what its digest says."""
+        found: dict[bytes, None] = {}
+        for digest in self._findable:
+            for block in self.pool.match((digest,), self.size + 1):
+                assert self.content[block] == list(self._truth[digest]), "found: a block that holds what its name says"
+                found[digest] = None
+        self._findable = found
+
+    def _pressure(self) -> Pressure:
+        unseen: dict[str, list[int]] = {}
+        for asked in self.open.values():
+            if asked.first_ns is None:
+                unseen.setdefault(asked.submit.traffic_class, []).append(asked.submit.sent_ns)
+        queued = sum(len(a.tokens) - a.computed for a in self.open.values() if not a.decoding)
+        return Pressure(
+            replica=self.config.index, acked_sid=self.submitted, running=len(self._running()),
+            waiting=tuple(Waiting(name, len(sent), min(sent)) for name, sent in sorted(unseen.items())),
+            queued_tokens=queued, free_blocks=self._available(self._running()),
+        )

@@ -1,0 +1,111 @@
+"""Fitting the cost model, and refusing a calibration that was not made for this use.
+
+Run: python -m pytest tests/sim/test_cost.py -q
+Mutations it caught: weights 1 instead of 1 / t; stalls kept in the fit; feature columns swapped; the thread count left
+out of the comparison.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from engine.errors import CalibrationError
+from engine.events import StepShape
+from engine.model.stepcost import StepCost
+from sim.twin.cost import Calibration, StepSample, fit, load, load_for, save, this_machine
+from sim.twin.driver import Lags
+
+TRUE = StepCost(
+    fixed_ns=30e6, prefill_token_ns=1.8e6, prefill_row_ns=0.4e6, decode_row_ns=2.5e6, decode_kv_ns=9e3, area_ns=150.0
+)
+
+
+def samples(noise: float, stalls: int = 0, count: int = 200) -> list[StepSample]:
+    rng = np.random.default_rng(1)
+    out = []
+    for number in range(count):
+        rows, chunks = int(rng.integers(0, 17)), int(rng.integers(0, 4))
+        sizes = rng.integers(4, 40, chunks)
+        shape = StepShape(
+            int(sizes.sum()), chunks, rows, int(rng.integers(150, 350)) * rows,
+            int(sum(c * (2 * int(rng.integers(0, 220)) + c) for c in sizes)),
+        )
+        slow = 4.0 if number < stalls else 1.0
+        ns = TRUE.ns(shape) * slow * float(np.exp(rng.normal(0, noise)))
+        out.append(StepSample(shape, round(ns), trace="held out" if number % 5 == 4 else ""))
+    return out
+
+
+def test_known_coefficients_come_back() -> None:
+    cost, quality, _ = fit(samples(noise=0.0))
+    for name in TRUE.__struct_fields__:
+        assert getattr(cost, name) == pytest.approx(getattr(TRUE, name), rel=0.01)
+    assert quality.trace_mape < 1e-3
+
+
+def test_noise_is_told_and_never_gives_a_negative_time() -> None:
+    cost, quality, hull = fit(samples(noise=0.05))
+    assert all(getattr(cost, name) >= 0 for name in TRUE.__struct_fields__)
+    assert 0.02 < quality.trace_mape < 0.06  # the mean of |N(0, 0.05)| is 0.04
+    assert abs(quality.trace_total) < 0.03
+    assert quality.trace_steps == 40
+    assert hull["decode_rows"] == (0, 16)
+
+
+def test_stalls_are_counted_and_left_out() -> None:
+    cost, quality, _ = fit(samples(noise=0.01, stalls=8))
+    assert quality.stalls == 7  # of the first eight, one is held out
+    assert cost.prefill_token_ns == pytest.approx(TRUE.prefill_token_ns, rel=0.03)
+
+
+def calibration(**changes: object) -> Calibration:
+    cost, quality, hull = fit(samples(noise=0.02))
+    machine = this_machine(1, "2.13.0", "cpu", "float32")
+    found = Calibration("smollm2", "d1", machine, "2026-01-01", cost, Lags(admit_ns=5), quality, hull)
+    return msgspec.structs.replace(found, **changes)
+
+
+def test_file_round_trip_and_hull(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "c.json"
+    made = calibration()
+    save(made, path)
+    assert load_for(path, 1, "smollm2") == made
+    assert [p.name for p in path.parent.iterdir()] == ["c.json"]
+    assert not made.outside(StepShape(20, 1, 4, 1000, 900))
+    assert made.outside(StepShape(20, 1, 400, 1000, 900))
+
+
+@pytest.mark.parametrize(
+    ("threads", "model", "changes", "what"),
+    [
+        (2, "smollm2", {}, "torch threads: 1; here it is 2"),
+        (1, "tiny", {}, "another model: smollm2; here it is tiny"),
+        (1, "smollm2", {"cpu": "Z80"}, "another CPU: Z80"),
+        (1, "smollm2", {"cores": (os.cpu_count() or 1) + 1}, "number of cores"),
+    ],
+)
+def test_foreign_calibrations_are_refused(
+    tmp_path: Path, threads: int, model: str, changes: dict[str, object], what: str
+) -> None:
+    made = calibration()
+    save(msgspec.structs.replace(made, machine=msgspec.structs.replace(made.machine, **changes)), tmp_path / "c.json")
+    with pytest.raises(CalibrationError, match=what) as caught:
+        load_for(tmp_path / "c.json", threads, model)
+    assert "doorbuster calibrate" in caught.value.fix
+    assert load_for(tmp_path / "c.json", threads, model, foreign_ok=True).model == "smollm2"
+
+
+def test_missing_damaged_and_old_files_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="not measured on this machine yet"):
+        load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{]")
+    with pytest.raises(CalibrationError, match="not a calibration"):
+        load(tmp_path / "bad.json")
+    save(calibration(version=99), tmp_path / "new.json")
+    with pytest.raises(CalibrationError, match="version 99"):
+        load(tmp_path / "new.json")
