@@ -53,7 +53,7 @@ def scenario() -> Scenario:
     return Scenario(
         name="tight",
         classes={
-            "fraud": ClassConfig("critical", slo_ttft_ms=1000, slo_e2e_ms=1500, max_tokens=4, caches="none", pinned=True),
+            "fraud": ClassConfig("critical", slo_ttft_ms=1000, max_tokens=4, caches="none", pinned=True),
             "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000),
             "tips": ClassConfig("sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt"),
         },
@@ -65,10 +65,11 @@ def scenario() -> Scenario:
 
 
 def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[int], TwinArrival]]:
-    """Request, its prompt, its answer, and the twin's view of it. A sale of twenty seconds: calm, three times too much, calm again."""
+    """Request, prompt, answer, and the twin's view of it. Twenty seconds: calm, three times too much, calm again."""
     rng = np.random.default_rng(seed)
     encode, decode = small_tokenizer().encode, small_tokenizer().decode
-    system = {name: encode(f"You are the desk for {name}. " + "Keep to the shop's rules. " * 6) for name in scenario().classes}
+    rules = "Keep to the shop's rules. " * 6
+    system = {name: encode(f"You are the desk for {name}. {rules}") for name in scenario().classes}
     out = []
     at_s = 0.0
     for rid in range(320):
@@ -83,7 +84,8 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
         ask = Arrive(
             rid, f"r{rid}", tenant, name, round(at_s * S_NS), len(prompt), cls.max_tokens,
             exact_key=hasher.digest("exact", tenant, name, decode(prompt)), text_key=hasher.digest("text", words),
-            blocks=hasher.chain(hasher.root(tenant, "fake"), prompt), pinned_blocks=len(system[name]) // 16 if name == "fraud" else 0,
+            blocks=hasher.chain(hasher.root(tenant, "fake"), prompt),
+            pinned_blocks=len(system[name]) // 16 if cls.pinned else 0,
         )
         answer = said[: cls.max_tokens]
         text = decode(answer).encode()
@@ -106,8 +108,8 @@ def run_live(folder: Path, seed: int) -> None:
     )
     link = InProcessReplica(loop, driver, runner, COST, lambda output: gateway.hear(output))
     gateway = GatewayDriver(
-        Gateway(config), loop.now_ns, link, hasher, lambda: Detokenizer(small_tokenizer()), {"fallback:tips": "these five"},
-        JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
+        Gateway(config), loop.now_ns, link, hasher, lambda: Detokenizer(small_tokenizer()),
+        {"fallback:tips": "these five"}, JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
     )
 
     async def sale() -> None:

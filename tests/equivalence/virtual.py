@@ -56,7 +56,8 @@ class InProcessReplica:
     """A ReplicaLink whose replica driver runs as a task on the same loop; steps take exactly what they cost."""
 
     def __init__(
-        self, loop: VirtualLoop, driver: ReplicaDriver, runner: FakeRunner, cost: StepCost, hear: Callable[[Output], None]
+        self, loop: VirtualLoop, driver: ReplicaDriver, runner: FakeRunner, cost: StepCost,
+        hear: Callable[[Output], None],
     ) -> None:
         self._loop, self._driver, self._runner, self._cost, self._hear = loop, driver, runner, cost, hear
         self._mailbox: list[ToReplica] = []

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from engine.config import ReplicaConfig
 from engine.events import (
     Abort,
@@ -110,7 +112,7 @@ class ReplicaWorld:
         self._told: dict[int, None] = {}  # in the runner's running set, until stopped
         self._left: dict[int, None] = {}  # ended in the runner by itself: stopping it is a no-op
         self._last_pressure: Pressure | None = None
-        self._query_tokens = self._hit_tokens = 0
+        self._query_tokens = self._hit_tokens = self._refused = 0
 
     # ------------------------------------------------------------ what comes in
 
@@ -138,6 +140,7 @@ class ReplicaWorld:
         room = self.config.prefix.blocks - self.config.prefix.pinned_blocks - self.batcher.reserved_blocks
         if self.draining or worst > room:
             self._expect(ask, [asked.ended("draining" if self.draining else "failed")])
+            self._refused += 1
         else:
             self._expect(ask, [])
             self.open[ask.sid] = asked
@@ -195,7 +198,8 @@ class ReplicaWorld:
             assert actions and isinstance(actions[0], RunStep), "liveness: what waits runs when nothing else does"
             self._apply(actions.pop(0), before)  # type: ignore[arg-type]
         pressure = self._pressure()
-        assert actions == ([pressure] if pressure != self._last_pressure else []), "pressure: true, and only on change"
+        told = [replace(p, waiting=tuple(sorted(p.waiting, key=lambda w: w.traffic_class))) for p in actions]
+        assert told == ([pressure] if pressure != self._last_pressure else []), "pressure: true, and only on change"
         self._last_pressure = pressure
 
     def _apply(self, step: RunStep, before: dict[int, list[int]]) -> None:
@@ -448,14 +452,10 @@ class ReplicaWorld:
         stats = self.machine.stats()
         running = len(self._running())
         assert (stats.step, stats.running, stats.waiting) == (self.steps, running, len(self.open) - running)
-        assert stats.ended == sum(e.sid not in self._refused for e in self.endings.values())
+        assert stats.ended == len(self.endings) - self._refused
         assert (stats.prefix.query_tokens, stats.prefix.hit_tokens) == (self._query_tokens, self._hit_tokens)
         ours = sum(a.preemptions for a in self.open.values()) + sum(e.preemptions for e in self.endings.values())
         assert stats.preemptions == ours
-
-    @property
-    def _refused(self) -> list[int]:
-        return [e.sid for e in self.endings.values() if e.reason == "draining" or (e.reason == "failed" and not e.queue_ns)]
 
     def _handle(self, event: ReplicaEvent) -> list[ReplicaAction]:
         actions = self.machine.handle(self.now_ns, event)

@@ -78,7 +78,7 @@ def test_report_can_be_written_again(run_folder: Path) -> None:
     [
         (["sim", "flash-sail"], 1, ["no scenario 'flash-sail'", "did you mean flash-sale?"]),
         (["sim", "flash-sale", "--set", "exact.tll_s=3"], 1, ["exact.tll_s is not a known key", "did you mean ttl_s?"]),
-        (["sim", "flash-sale", "--calibration", "no.json"], 1, ["not measured on this machine", "doorbuster calibrate"]),
+        (["sim", "flash-sale", "--calibration", "no.json"], 1, ["not measured on this machine", "calibrate"]),
         (["sim", "flash-sale", "--profile", "weekend"], 1, ["no profile 'weekend'", "demo, full, ci"]),
         (["replay", "nowhere"], 1, ["no journal here", "give a run folder"]),
         (["report", "nowhere"], 1, ["no such run folder"]),

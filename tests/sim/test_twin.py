@@ -83,7 +83,8 @@ def test_beyond_capacity_the_queue_grows_linearly() -> None:
 def test_little_holds_exactly() -> None:
     """Over an empty-to-empty window the time integral of the number in the system is the sum of the sojourns."""
     found = run(queue(3), arrivals(10.0, 500, np.random.default_rng(3).integers(1, 40, 500), seed=4))
-    events = sorted([(r.arrived_ns, 1) for r in found.requests] + [(r.arrived_ns + r.e2e_ns, -1) for r in found.requests])
+    came = [(r.arrived_ns, 1) for r in found.requests]
+    events = sorted(came + [(r.arrived_ns + r.e2e_ns, -1) for r in found.requests])
     integral, inside, before = 0, 0, 0
     for at_ns, change in events:
         integral += inside * (at_ns - before)
