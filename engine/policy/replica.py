@@ -102,7 +102,10 @@ class Replica:
         for filled in done.filled:
             self.batcher.fill(filled)
         for end in done.ended:
-            self._end(self.batcher.sequences[end.sid], end.reason, out)
+            seq = self.batcher.sequences[end.sid]
+            if end.reason == "failed":
+                self.batcher.distrust(seq)
+            self._end(seq, end.reason, out)
 
     def _plan(self, now_ns: int, out: list[ReplicaAction]) -> None:
         assert not self._in_step, "plan: one step at a time"
@@ -122,8 +125,8 @@ class Replica:
 
     def _end(self, seq: Sequence, reason: EndReason, out: list[ReplicaAction]) -> None:
         outputs = self.batcher.outputs_of(seq)
-        if reason == "stop":
-            outputs -= 1  # the end token is computed, but no part of the answer
+        if reason in ("stop", "failed") and seq.state == "decode":
+            outputs -= 1  # the end token is computed, but no part of the answer; a failed row has given none
         self.batcher.remove(seq)
         self._report(seq, reason, outputs, out)
 
@@ -140,7 +143,7 @@ class Replica:
     def _pressure(self) -> Pressure:
         batcher = self.batcher
         waiting = tuple(
-            Waiting(name, len(unseen), next(iter(unseen.values()))) for name, unseen in batcher.unseen.items() if unseen
+            Waiting(name, len(unseen), batcher.oldest_ns(name)) for name, unseen in batcher.unseen.items() if unseen
         )
         return Pressure(
             replica=self.config.index, acked_sid=self._acked_sid, running=len(batcher.running), waiting=waiting,

@@ -238,9 +238,9 @@ class App:
             if listener.gone:
                 return
             if isinstance(stream.end, Reject):
-                return await exchange.refuse(
-                    refusal(stream.end), stream.end.retry_after_ns, (b"x-doorbuster-level", b"%d" % stream.end.level)
-                )
+                met = (b"x-doorbuster-level", b"%d" % stream.end.level)
+                await exchange.refuse(refusal(stream.end), stream.end.retry_after_ns, met)
+                return
             headers = [(b"x-doorbuster-tier", stream.tier.encode()), (b"x-doorbuster-level", b"%d" % level)]
             if isinstance(stream.end, Answer):
                 headers += provenance(stream.end)

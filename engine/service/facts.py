@@ -7,8 +7,6 @@ after it do not depend on each other; the cut is tried out once per class. Knows
 
 from __future__ import annotations
 
-from os.path import commonprefix
-
 import msgspec
 
 from engine.config import Scenario
@@ -116,7 +114,8 @@ def find_opening(tokenizer: Tokenizer, system: str) -> Opening | None:
         tokenizer.render([{"role": "system", "content": system}, {"role": "user", "content": word}])
         for word in ("Is", "be")
     )
-    shared = commonprefix([first, second])
+    differ = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+    shared = first[:differ]
     whole = tokenizer.encode(first)
     for cut in range(len(shared) - 1, 0, -1):
         head, tail = tokenizer.encode(first[:cut]), tokenizer.encode(first[cut:])

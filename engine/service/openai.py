@@ -208,7 +208,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     created: int
     model: str
     choices: tuple[ChunkChoice, ...]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
 
 

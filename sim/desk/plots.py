@@ -6,7 +6,7 @@ too narrow for words. Nothing touches pyplot's state, so figures need no closing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -94,6 +94,7 @@ def timeline(
         axis.yaxis.set_major_locator(MaxNLocator(3))
     top = max(3, *(int(frame["level"].max()) for frame in levels.values()))
     level.set(ylim=(-0.15, top + 0.3), yticks=range(top + 1))
+    lost.set_ylim(top=max(1, lost.get_ylim()[1]))  # nothing lost is a flat line, not an axis of hundredths
     lost.set_xlabel("seconds since the start")
     figure.align_ylabels(axes)
     return headed(figure, _timeline_finding(runs, per_s, levels), list(runs))
@@ -126,10 +127,10 @@ def latency_ecdf(live: Frame | None, twin: Frame | None, scenario: Scenario) -> 
 
 
 @styled
-def tiers_by_class(live: Frame | None, twin: Frame | None) -> Figure:
-    """Who answered, as shares of what was offered: a bar a class and run, live above twin."""
+def tiers_by_class(live: Frame | None, twin: Frame | None, order: Iterable[str] = ()) -> Figure:
+    """Who answered, as shares of what was offered: a bar a class and run, live above twin; ``order`` of classes."""
     runs = _runs(live, twin)
-    counts = {who: tier_counts(frame) for who, frame in runs.items()}
+    counts = {who: tier_counts(frame, order) for who, frame in runs.items()}
     names = list(dict.fromkeys(name for table in counts.values() for name in table.index))
     figure = Figure(figsize=(WIDTH_IN, 1.3 + len(names) * (0.2 + 0.3 * len(runs))), layout="constrained")
     axis = figure.subplots()

@@ -120,7 +120,7 @@ def _parts(a: RunView | None, b: RunView | None, scenario: Scenario) -> list[_Pa
          plots.timeline(live, twin, a and a.levels, b and b.levels, scenario.classes), _timeline_table(a, b)),
         ("latency", "How long people waited", "Quantiles with 95 % intervals",
          plots.latency_ecdf(live, twin, scenario), _latency_table(a, b)),
-        ("tiers", "Who answered", "Requests by tier and class", plots.tiers_by_class(live, twin), _tier_table(a, b)),
+        ("tiers", "Who answered", "Requests by tier and class", plots.tiers_by_class(live, twin, scenario.classes), _tier_table(a, b)),
     ]
     slow = a or b
     assert slow is not None
@@ -188,13 +188,13 @@ def _interval(q: Quantile) -> str:
 
 
 def _tier_table(a: RunView | None, b: RunView | None) -> pd.DataFrame:
-    parts = []
-    for who, view in _named(a, b):
-        counts = tier_counts(view.frame)
-        parts.append(counts.rename_axis("class").reset_index().assign(run=who))
-    table = pd.concat(parts, ignore_index=True)
-    return table[["class", "run", *(c for c in table.columns if c not in ("class", "run"))]].sort_values(
-        ["class", "run"], kind="stable"
+    counts = {who: tier_counts(view.frame, view.scenario.classes) for who, view in _named(a, b)}
+    names = dict.fromkeys(name for table in counts.values() for name in table.index)
+    return pd.DataFrame(
+        [
+            {"class": name, "run": who, **table.loc[name]}
+            for name in names for who, table in counts.items() if name in table.index
+        ]
     )
 
 

@@ -7,6 +7,7 @@ so the table under a figure is what the figure shows. Quantiles are of type 7 (l
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
@@ -107,11 +108,13 @@ def rates(frame: pd.DataFrame, duration_s: float, width_s: int = 1) -> pd.DataFr
     )
 
 
-def tier_counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows: classes; columns: the six tiers, and ``not served``. Every row adds up to what was offered."""
+def tier_counts(frame: pd.DataFrame, order: Iterable[str] = ()) -> pd.DataFrame:
+    """Rows: classes, those of ``order`` first; columns: the six tiers, and ``not served``. A row adds up to offered."""
     kind = frame["tier"].where(equals(frame["outcome"], "served"), NOT_SERVED).fillna(NOT_SERVED)
     counts = pd.crosstab(frame["traffic_class"].astype(object), kind.astype(object))
-    return counts.reindex(columns=[*TIERS, NOT_SERVED], fill_value=0).rename_axis(index=None, columns=None)
+    names = dict.fromkeys([*(name for name in order if name in counts.index), *counts.index])
+    table = counts.reindex(index=list(names), columns=[*TIERS, NOT_SERVED], fill_value=0)
+    return table.rename_axis(index=None, columns=None)
 
 
 def slowest(frame: pd.DataFrame, n: int = 10) -> pd.DataFrame:
@@ -138,6 +141,5 @@ def _waiting(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     queue = frame["queue_ns"].fillna(0)
     seen_first = frame["tier"].isna() & frame["ttft_ns"].notna()  # broken off after its first token
     held = (queue > 0) | equals(frame["tier"], "model") | seen_first
-    submitted = frame["replica"].notna() & ~equals(frame["tier"], "coalesced")
-    waited = queue.where(held, frame["e2e_ns"].fillna(0)).where(submitted, 0)
+    waited = queue.where(held, frame["e2e_ns"].fillna(0)).where(frame["replica"].notna(), 0)
     return frame["arrived_ns"].to_numpy(dtype="int64"), waited.to_numpy(dtype="int64")

@@ -109,7 +109,8 @@ def run_live(folder: Path, seed: int) -> None:
     link = InProcessReplica(loop, driver, runner, COST, lambda output: gateway.hear(output))
     gateway = GatewayDriver(
         Gateway(config), loop.now_ns, link, hasher, lambda: Detokenizer(small_tokenizer()),
-        {"fallback:tips": "these five"}, JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
+        {"fallback:tips": "these five"},
+        JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
     )
 
     async def sale() -> None:

@@ -1,6 +1,14 @@
 """The exact cache against a plain list, searched from end to end.
 
 invariant: mutation that it caught
+- fresh through the last nanosecond of the TTL: `<` for `<=`; one nanosecond more; age counted from the last hit
+- stale only when asked for: always; never; counted as fresh
+- gone after the stale window: `>=` for `>`; left in place by `get`; no expiry on `put` (small answers pile up)
+- least recently used leaves: first in, first out; a refused stale answer touched, or removed
+- never more bytes than the capacity: one byte late; one byte early; one eviction a put; a replaced entry's bytes kept
+- too large: an answer of just the capacity refused; the older answer removed
+- drained when the last entry went: at the first of several; though stored again; twice; never; in another order
+- off means off: `get` (a miss counted), `put`; empty keys and negative sizes let in; counters not counted
 """
 
 from __future__ import annotations

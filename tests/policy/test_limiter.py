@@ -1,6 +1,17 @@
 """The limiter against an exact bucket in fractions that never forgets anybody.
 
 invariant: mutation that it caught
+- all or nothing: the request charged before the tokens were looked at; a request taken by `settle`
+- both are limited: tokens left out of the wait; tenant's own rates ignored; a tenant's 0 tokens read as "default"
+- never more than rate and one burst: either refill not clamped; refill through a float; refill rounded to nano-units
+- exact Retry-After: division rounded down (requests, tokens); one nanosecond too many; counted from the limiter's clock
+- can never succeed: cost over burst, or a burst below one request, answered with a time; a bucket kept for it
+- settle: does nothing, the wrong way round, no refund, refund above the burst, debt without bound, no debt at all,
+  debt of a tenant without a bucket not stored
+- clock: follows a step back (grants twice; or refills below zero)
+- memory: no sweep; one bucket looked at per call; sweep that does not rotate
+- nothing is forgotten: swept when merely idle; one nanosecond early; when only requests are full; oldest out at a cap
+- off means off: `take`, `settle`; edges: `inf` not capped, 1e-12 rounded to 0; negative amounts let in; miscounts
 """
 
 from __future__ import annotations
@@ -137,7 +148,7 @@ class LimiterMachine(RuleBasedStateMachine):
         assert spent <= stats.tenants <= len(self.naive), "whoever spent something is remembered"
 
 
-LimiterMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+LimiterMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestLimiterMachine = LimiterMachine.TestCase
 
 
@@ -280,12 +291,11 @@ def test_rates_at_the_edge_of_what_a_file_may_say() -> None:
     limiter.check()
 
 
-@pytest.mark.parametrize("amount", [-1])
-def test_a_negative_amount_is_a_programming_error(amount: int) -> None:
+def test_a_negative_amount_is_a_programming_error() -> None:
     limiter = Limiter(LimiterConfig(), {})
     with pytest.raises(AssertionError):
-        limiter.take(0, "t", amount)
+        limiter.take(0, "t", -1)
     with pytest.raises(AssertionError):
-        limiter.settle(0, "t", 0, amount)
+        limiter.settle(0, "t", 0, -1)
     with pytest.raises(AssertionError):
-        limiter.settle(0, "t", amount, 0)
+        limiter.settle(0, "t", -1, 0)

@@ -1,6 +1,16 @@
 """The overload level against a replay of everything ever observed, window by window.
 
 invariant: mutation that it caught
+- lowest first: sheddable work allowed to 3; standard work held at 2
+- raw level: `>` for `>=`; one SLO for all classes; the lowest class decides; a negative age reported
+- up at once: one level at a time; only at the end of a window; the window, the count or the worst seen not started anew
+- down one level after three calm windows: straight to what is seen; after two; the count kept for the next level;
+  calm windows not in a row; only the first, or only the last, observation of a window looked at
+- late calls: one window closed; skipped windows taken for calm, or for loud; no jump over ten years; a jump one window
+  too far; a window not closed at its very end; its worst kept for the next; windows that start when observed
+- ties: the last class named; the order of the observation
+- wake: at level 0 with nobody waiting; none while somebody waits; none above level 0; for a class nobody configured
+- a clock that steps back; a change reported that was none; off but moving; time booked on the new level; miscounts
 """
 
 from __future__ import annotations
@@ -127,7 +137,9 @@ def test_a_level_is_left_only_after_three_calm_windows(moves: list[tuple[int | N
         until_ns = now_ns + abs(step_ns or WINDOW_NS) % (20 * WINDOW_NS)
         oldest_ns = {name: until_ns - age_ns for name, age_ns in ages_ns.items() if age_ns is not None}
         while now_ns < until_ns:  # as the gateway does: woken on time
-            now_ns = min(until_ns, overload.next_wake_ns() or until_ns)
+            wake_ns = overload.next_wake_ns()
+            assert wake_ns is None or wake_ns > now_ns, "a wake never spins"
+            now_ns = min(until_ns, wake_ns or until_ns)
             before = overload.level
             overload.observe(now_ns, oldest_ns)
             raw = raw_of((now_ns, oldest_ns))[0]
@@ -157,7 +169,10 @@ def test_up_at_once_down_one_level_after_three_calm_windows_each() -> None:
     assert overload.observe(1499 * MS_NS, {"chat": 1000 * MS_NS}) is None
     assert overload.observe(1500 * MS_NS, {"chat": 0}) == LevelChange(1500 * MS_NS, 3, "chat", 1500 * MS_NS)
     changes = []
+    wakes = 0
     while (wake_ns := overload.next_wake_ns()) is not None:
+        wakes += 1
+        assert wakes <= 9, "three windows for each of three levels"
         if (change := overload.observe(wake_ns, {})) is not None:
             changes.append((change.at_ns // MS_NS, change.level, change.traffic_class))
     assert changes == [(1800, 2, ""), (2100, 1, ""), (2400, 0, "")]
@@ -236,6 +251,13 @@ def test_of_equal_calls_the_first_class_of_the_configuration_is_named() -> None:
         overload = Overload(CONFIG, CLASSES)
         change = overload.observe(0, {name: -1300 * MS_NS for name in names})
         assert change == LevelChange(0, 2, "chat", 1300 * MS_NS)
+
+
+def test_a_request_from_the_future_has_not_waited_yet() -> None:
+    overload = Overload(CONFIG, CLASSES)
+    overload.observe(0, {"fraud": -100 * MS_NS})
+    assert overload.level == 1
+    assert overload.observe(300 * MS_NS, {"chat": 301 * MS_NS}) == LevelChange(300 * MS_NS, 0, "chat", 0)
 
 
 def test_a_class_nobody_configured_is_no_call() -> None:

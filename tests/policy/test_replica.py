@@ -94,7 +94,7 @@ class ReplicaMachine(RuleBasedStateMachine):
             self.world.check()
 
     def teardown(self) -> None:
-        if hasattr(self, "world"):
+        if hasattr(self, "world") and self.world.step is None:  # else a step has failed already
             self.world.finish()
             self.world.check()
 
@@ -116,7 +116,7 @@ def wander(world: ReplicaWorld, seed: int, steps: int, crowd: int, drain_at: int
                 within_ns=r.choice([0, 0, 0, 10_000]), endless=r.randrange(2),
             )
         if r.random() < 0.15:
-            world.abort(r.randrange(world.submitted + 1) if r.random() < 0.1 or not world.open else r.choice([*world.open]))
+            world.abort(r.randrange(world.submitted + 2) if r.random() < 0.1 or not world.open else r.choice([*world.open]))
         if step == drain_at:
             world.drain()
         world.turn(r.choice([1, 99]), fault=r.choice(["step", "nan"]) if r.random() < 0.05 else "", pick=r.randrange(4))

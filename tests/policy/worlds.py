@@ -304,7 +304,7 @@ class ReplicaWorld:
         assert not starved or (spent and min(starved) > max(ranks)), "prefill: first come, first served"
         if waiting:
             head = waiting[0]
-            if not spent or ranks[-1] > head.rank:
+            if not spent or (ranks and ranks[-1] > head.rank):
                 assert not self._could_enter(head, before.get(head.sid, [])), "head: passed over only if it had no room"
 
     def _could_enter(self, head: Asked, before: list[int]) -> bool:
@@ -485,7 +485,7 @@ class ReplicaWorld:
 
     def _fresh(self, blocks: Iterable[int]) -> None:
         """Newly given out: nobody else's, and full of rubbish until written."""
-        held = self._held(self._running())
+        held = {block for asked in self._running() for block in asked.table}
         for block in blocks:
             assert block not in held, "fresh: a block that nobody holds"
             self.content[block] = [None] * self.size

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import openai
-import psutil  # type: ignore[import-untyped]
+import psutil
 import uvloop
 
 from engine.config import ClassConfig, IngressConfig, ModelConfig, OverloadConfig, Scenario

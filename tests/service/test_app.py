@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 from collections import Counter
@@ -281,8 +282,9 @@ def test_who_waits_to_be_asked_for_a_body_is_refused_without_it(
 
 def test_a_client_that_leaves_while_it_still_speaks_costs_nothing(engine: Engine) -> None:
     before = engine.stats()
-    key = engine.keys["shop"]
-    line = dial(engine, f"POST {CHAT} HTTP/1.1\nhost: x\nauthorization: Bearer {key}\ncontent-length: 500", b'{"model"')
+    said = json.dumps(body("I have said it all, but for a blank")).encode()  # so that it could be taken for whole
+    head = f"POST {CHAT} HTTP/1.1\nhost: x\nauthorization: Bearer {engine.keys['shop']}\n"
+    line = dial(engine, f"{head}content-length: {len(said) + 1}", said)
     engine.until(lambda: engine.inside.app.in_flight == 1)
     line.close()
     engine.quiet()

@@ -52,7 +52,7 @@ def test_each_key_finds_its_own_tenant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, b"", b"Bearer", b"Bearer ", b"Basic abc", b"Bearer db-nobody", b"Bearer \xff", "KEY", "Basic", "Twice"]
+    "header", [None, b"", b"Bearer", b"Bearer ", b"Bearer db-nobody", b"Bearer \xff", "KEY", "Basic", "Twice"]
 )
 def test_no_key_no_entry(header: bytes | str | None) -> None:
     ring, key = KeyRing.single()

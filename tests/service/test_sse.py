@@ -126,6 +126,26 @@ def test_one_of_two_who_hangs_up_does_not_stop_the_other(tmp_path: Path) -> None
     assert not [a for entry in journal(tmp_path) for a in entry.actions if isinstance(a, Abort)]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_nothing_is_said_to_a_client_that_has_gone(slow: Engine, stream: bool) -> None:
+    """On the ASGI interface, because uvicorn would swallow it, and another server might complain."""
+    said: list[dict[str, Any]] = []
+    ask = json.dumps(body(f"words for nobody {stream}", stream=stream)).encode()
+    heard: list[dict[str, Any]] = [{"type": "http.disconnect"}, {"type": "http.request", "body": ask}]
+
+    async def receive() -> dict[str, Any]:
+        return heard.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        said.append(message)
+
+    headers = [(b"authorization", b"Bearer " + slow.keys["shop"].encode())]
+    scope = {"type": "http", "path": CHAT, "method": "POST", "headers": headers}
+    asyncio.run_coroutine_threadsafe(slow.inside.app(scope, receive, send), slow.loop).result(20)
+    assert not said and not heard
+    slow.quiet()
+
+
 def socket_request(engine: Engine, ask: dict[str, Any]) -> socket.socket:
     """A request on a connection of its own that a test can drop."""
     data = json.dumps(ask).encode()

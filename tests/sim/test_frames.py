@@ -217,13 +217,16 @@ def test_queue_age_equals_a_reference_that_looks_every_millisecond():
     records, waits = [], {"critical": [], "other": []}
     for i in range(120):
         name = "critical" if rng.random() < 0.4 else "other"
-        at, queue, e2e = int(rng.integers(0, 4000)), int(rng.integers(0, 700)), int(rng.integers(700, 1500))
-        kind = rng.choice(["model", "vain", "fallback", "exact", "coalesced", "door", "broken"])
+        at, queue, e2e = (int(n) for n in 50 * rng.integers((0, 0, 14), (80, 14, 30)))  # often to the edge of a bin
+        kind = rng.choice(["model", "vain", "fallback", "exact", "coalesced", "door", "broken", "held"])
         common = {"traffic_class": name, "e2e_ns": e2e * MS_NS}
         if kind in ("model", "broken"):
             tier, outcome = ("model", "served") if kind == "model" else (None, "cancelled")
             more = {"queue_ns": queue * MS_NS, "ttft_ns": (queue + 1) * MS_NS, "replica": 0}
             waits[name].append((at, at + queue))
+        elif kind == "held":  # stopped in its prefill
+            tier, outcome, more = None, "rejected", {"queue_ns": (queue + 1) * MS_NS, "ttft_ns": None, "replica": 0}
+            waits[name].append((at, at + queue + 1))
         elif kind == "vain":
             tier, outcome, more = None, "rejected", {"ttft_ns": None, "replica": 0}
             waits[name].append((at, at + e2e))
