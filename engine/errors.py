@@ -21,6 +21,7 @@ STATUS_OF_CODE: dict[str, int] = {
     "method_not_allowed": 405,
     "body_too_large": 413,
     "rate_limited": 429,  # the tenant's own limit
+    "internal_error": 500,
     "model_failed": 500,
     "overloaded": 503,  # the system's limit
     "breaker_open": 503,

@@ -12,6 +12,8 @@ from heapq import heappop, heappush
 from engine.events import EndReason, Filled, RunStep, SeqEnd, StepDone
 from engine.model.blockhash import Hasher
 
+NEVER = 1 << 40  # a prompt without a full block gives the first generated one nothing to chain from
+
 
 @dataclass(slots=True, eq=False)
 class Row:
@@ -43,7 +45,7 @@ class CountingRunner:
         stops = output_tokens < max_tokens
         self.rows[sid] = Row(
             sid, known=prompt_tokens, end_at=output_tokens + 1 if stops else max_tokens,
-            reason="stop" if stops else "length", next_block=prompt_tokens // self._block_tokens,
+            reason="stop" if stops else "length", next_block=prompt_tokens // self._block_tokens or NEVER,
         )
 
     def forget(self, sid: int) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from engine.events import RunStep, StepShape
+from engine.events import Filled, RunStep, StepDone, StepShape
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
 from engine.model.smalllm import small_tokenizer
-from engine.model.stepping import SamplingParams, StepResult
+from engine.model.stepping import Emit, SamplingParams, StepResult
 from engine.units import S_NS
 
 StepCost = Callable[[StepShape, int], int]  # (shape of the first step, how many steps later) -> ns
@@ -40,26 +40,39 @@ class FakeRunner:
         self.counting.forget(sid)
         self._unsaid.pop(sid, None)
 
-    def run(self, step: RunStep, message_waits: Callable[[], bool]) -> StepResult:
+    def run(self, step: RunStep, message_waits: Callable[[], bool], emit: Emit | None = None) -> StepResult:
         """See ``stepping.Runner``. Sleeps for what the steps cost."""
-        most = self.counting.steps_until_end(step) if step.at_most > 1 else 1
+        filled: list[Filled] = []
+        said: dict[int, list[int]] = {}
         due_ns = time.monotonic_ns()
-        for ran in range(1, most + 1):
+        ran = 0
+        while True:
             if self._cost_ns is not None:
-                due_ns += self._cost_ns(step.shape, ran - 1)
+                due_ns += self._cost_ns(step.shape, ran)
                 time.sleep(max(0, due_ns - time.monotonic_ns()) / S_NS)
-            if ran < most and message_waits():
+            done, tokens = self._advance(RunStep(step.step + ran, step.shape) if ran else step, 1)
+            ran += 1
+            filled += done.filled
+            for sid, ids in tokens:
+                said.setdefault(sid, []).extend(ids)
+            if ran == step.at_most or done.ended or message_waits():
                 break
-        return self.advance(step, ran)
+            if emit is not None:
+                emit(list(said.items()))
+                said.clear()
+        return StepResult(StepDone(ran, done.first, done.ended, tuple(filled)), list(said.items()))
 
     def advance(self, step: RunStep, steps: int) -> StepResult:
         """``steps`` steps at once, without waiting."""
+        return StepResult(*self._advance(step, steps))
+
+    def _advance(self, step: RunStep, steps: int) -> tuple[StepDone, list[tuple[int, list[int]]]]:
         speaking = [(sid, steps) for sid in self.counting.decoding if sid not in step.stop]
         done = self.counting.advance(step, steps)
         rows = self.counting.rows
         speaking += [(c.sid, 1) for c in step.chunks if rows[c.sid].computed == rows[c.sid].known - 1]
         tokens = [(sid, self._say(sid, n)) for sid, n in speaking]
-        return StepResult(done, [(sid, ids) for sid, ids in tokens if ids])
+        return done, [(sid, ids) for sid, ids in tokens if ids]
 
     def _say(self, sid: int, most: int) -> list[int]:
         unsaid = self._unsaid[sid]

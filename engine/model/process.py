@@ -167,7 +167,7 @@ def run(spec: WorkerSpec) -> None:
             endpoint.send(output)
         idle = step is None
         if step is not None:
-            result = runner.run(step, endpoint.waits)
+            result = runner.run(step, endpoint.waits, lambda tokens: endpoint.send(Output([], tokens)))
             last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
             output = driver.finish(last_ns, result)
             if output is not None:

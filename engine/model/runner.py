@@ -19,7 +19,7 @@ from engine.model.attention import Span
 from engine.model.blockhash import Hasher
 from engine.model.loader import LoadedModel
 from engine.model.sampler import SamplingParams, sample
-from engine.model.stepping import StepResult
+from engine.model.stepping import Emit, StepResult
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +72,7 @@ class TorchRunner:
         self._known.pop(sid, None)
         self._running.pop(sid, None)
 
-    def run(self, step: RunStep, message_waits: Callable[[], bool]) -> StepResult:
+    def run(self, step: RunStep, message_waits: Callable[[], bool], emit: Emit | None = None) -> StepResult:
         """See ``stepping.Runner``."""
         report, steps = _Report(), 0
         try:
@@ -82,6 +82,9 @@ class TorchRunner:
                 steps += 1
                 if steps >= step.at_most or report.ended or message_waits():
                     break
+                if emit is not None:
+                    emit(list(report.tokens.items()))
+                    report.tokens.clear()
         except Exception as error:  # the machine decides what a failed step means; the worker lives on
             return StepResult(StepFailed(f"{type(error).__name__}: {error}"), [])
         done = StepDone(steps, tuple(report.first), tuple(report.ended), tuple(report.filled))

@@ -23,6 +23,9 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False):
     ignore_eos: bool = False
 
 
+Emit = Callable[[list[tuple[int, list[int]]]], None]  # new tokens by sid, in batch order
+
+
 class StepResult(msgspec.Struct, frozen=True, gc=False):
     """``done`` goes to the replica machine, ``tokens`` (new ones by sid) to the clients."""
 
@@ -43,8 +46,11 @@ class Runner(Protocol):
         """Drop the payload of a request that ended or was aborted. Unknown ids are no-ops."""
         ...
 
-    def run(self, step: RunStep, message_waits: Callable[[], bool]) -> StepResult:
+    def run(self, step: RunStep, message_waits: Callable[[], bool], emit: Emit | None = None) -> StepResult:
         """Run one step, or up to ``at_most`` equal decode steps until a sequence ends or ``message_waits()``.
+
+        Between two steps ``emit`` gets the tokens so far, so that clients need not wait for the last of them; the
+        result then holds only the rest.
 
         An end token (unless ``ignore_eos``) ends its sequence with "stop": it was computed, but it is no output: it
         is in neither ``tokens`` nor ``first`` nor the count against ``max_tokens``. The ``max_tokens``-th output

@@ -121,6 +121,7 @@ class Gateway:
             return self._reject(trip, "rate_limited", verdict.retry_after_ns)
         if self._draining:
             return self._reject(trip, "draining", S_NS)
+        asked = False
         while True:
             if entry := self._cached(trip):
                 return self._answer_from(trip, entry)
@@ -129,10 +130,10 @@ class Gateway:
                 if ended.reason in ("stop", "length", "failed") or trip.over:
                     return self._finish(trip, ended, "coalesced")
                 continue  # the leader was stopped for reasons of its own: take its place
-            if self.config.semantic.enabled and trip.key:
+            if self.config.semantic.enabled and trip.key and not asked:
+                asked = True
                 yield FindSimilar(ask.rid, ask.text_key)  # no index answers yet
-                if self.flights.find(trip.key, cls.priority):
-                    continue  # somebody took off with the same question meanwhile
+                continue  # meanwhile the same question may have been answered, or somebody took off with it
             if self._is_shed(cls):
                 return self._fall_back(trip, "overloaded", self._calm_ns(cls))
             ended = yield from self._lead(trip)
@@ -202,7 +203,7 @@ class Gateway:
                 continue
             if isinstance(event, Ended):
                 return event
-            if trip.first_ns is None and not trip.over:
+            if isinstance(event, FirstToken) and trip.first_ns is None and not trip.over:
                 trip.first_ns = self._now_ns
             step = None
 

@@ -18,8 +18,8 @@ h1 .mark { display: inline-block; margin-right: .5rem; padding: .1rem .6rem; bor
 h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 ul.seen { margin: 0; padding: 0; list-style: none; }
 ul.seen li { display: flex; gap: .6rem; margin: .2rem 0; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .4rem 1.5rem; margin: 0;
-  padding: .8rem 1rem; background: #f6f6f4; border-radius: .4rem; font-size: .9rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .4rem 1.5rem;
+  margin: 0; padding: .8rem 1rem; background: #f6f6f4; border-radius: .4rem; font-size: .9rem; }
 dl div { display: flex; gap: .6rem; } dt { min-width: 6.5rem; color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }

@@ -82,7 +82,6 @@ def timeline(
         axis.annotate("SLO", (1, slo_s), xycoords=("axes fraction", "data"), xytext=(3, 0), va="center",
                       textcoords="offset points", color=SLO, fontsize=8)
         axis.set(title=f"age of the oldest waiting: {plain(name)} ({cls.criticality})", ylabel="s")
-        axis.set_ylim(0, max(axis.get_ylim()[1], 1.15 * slo_s))
     x, rejected = _stairs(first["at_s"], first["rejected"], width_s)
     fallback = _stairs(first["at_s"], first["fallback"], width_s)[1]
     lost.fill_between(x, rejected, step="post", color=LOST, alpha=0.6, lw=0)

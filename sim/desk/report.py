@@ -120,7 +120,8 @@ def _parts(a: RunView | None, b: RunView | None, scenario: Scenario) -> list[_Pa
          plots.timeline(live, twin, a and a.levels, b and b.levels, scenario.classes), _timeline_table(a, b)),
         ("latency", "How long people waited", "Quantiles with 95 % intervals",
          plots.latency_ecdf(live, twin, scenario), _latency_table(a, b)),
-        ("tiers", "Who answered", "Requests by tier and class", plots.tiers_by_class(live, twin, scenario.classes), _tier_table(a, b)),
+        ("tiers", "Who answered", "Requests by tier and class",
+         plots.tiers_by_class(live, twin, scenario.classes), _tier_table(a, b)),
     ]
     slow = a or b
     assert slow is not None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
+from engine.policy.replica import Replica
 from tests.policy.worlds import NEVER_NS, ReplicaWorld
 
 SIZE = 3  # tokens a block: small, so that borders, full blocks and rests all come often
@@ -99,7 +100,7 @@ class ReplicaMachine(RuleBasedStateMachine):
             self.world.check()
 
 
-ReplicaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+ReplicaMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestReplica = ReplicaMachine.TestCase
 
 
@@ -110,13 +111,13 @@ def wander(world: ReplicaWorld, seed: int, steps: int, crowd: int, drain_at: int
         world.now_ns += r.choice([1, 500, 1_000, 30_000])
         for _ in range(r.choice([0, 0, 1, 2, 3]) if len(world.open) < crowd else 0):
             ask(
-                world, family=r.randrange(4), question=r.randrange(3), length=r.randrange(1, 15), tenant=r.choice("aab"),
-                follow_up=r.randrange(24), max_tokens=r.randrange(1, 13), priority=r.choice([0, 1, 1, 2, 2]),
+                world, family=r.randrange(4), question=r.randrange(3), length=r.randrange(1, 15),
+                tenant=r.choice("aab"), follow_up=r.randrange(24), max_tokens=r.randrange(1, 13), priority=r.choice([0, 1, 1, 2, 2]),
                 pinned_blocks=r.choice([0, 0, 2]), late_ns=r.choice([0, 0, 0, 5_000]),
                 within_ns=r.choice([0, 0, 0, 10_000]), endless=r.randrange(2),
             )
         if r.random() < 0.15:
-            world.abort(r.randrange(world.submitted + 2) if r.random() < 0.1 or not world.open else r.choice([*world.open]))
+            world.abort(r.choice([*world.open] if world.open and r.random() < 0.9 else range(world.submitted + 2)))
         if step == drain_at:
             world.drain()
         world.turn(r.choice([1, 99]), fault=r.choice(["step", "nan"]) if r.random() < 0.05 else "", pick=r.randrange(4))
@@ -133,7 +134,142 @@ def test_long_random_traces(seed: int) -> None:
             pinned=r.choice([0, 4, 6]), ttl_s=r.choice([1e-5, 1e-3]),
         )
     )
-    wander(world, seed, 700, crowd=r.choice([6, 14, 30]), drain_at=660)
+    wander(world, seed, 1_000, crowd=r.choice([6, 14, 30]), drain_at=960)
     world.finish(want=99)
     world.check()
-    print(world.counts)
+    for event in ("hit", "resumed mid-answer", "preempted prefill", "step failed", "end failed", "abort decode"):
+        assert world.counts[event], f"the trace has been through it: {event}"
+
+
+def test_quiet_traces_decode_several_steps_at_once() -> None:
+    world = ReplicaWorld(shape(slots=3, blocks=40, multi=16))
+    wander(world, 0, 300, crowd=2)
+    world.finish(want=99)
+    world.check()
+    assert world.counts["multi"] > 20
+
+
+# ---------------------------------------------------------------- every state, by hand
+
+
+def quiet(**config: int) -> ReplicaWorld:
+    return ReplicaWorld(shape(**{"reserved_slots": 0, "reserved_blocks": 0, "pinned": 0, **config}))
+
+
+def test_abort_in_every_state() -> None:
+    world = quiet(slots=2, step_tokens=6, blocks=12)
+    decoding = world.submit([1, 2], max_tokens=9, endless=True)
+    world.turn()
+    prefilling = world.submit([3] * 12)
+    waiting = world.submit([4] * 3)
+    world.turn()
+    assert world.open[decoding].decoding and world.open[prefilling].running and not world.open[waiting].running
+    world.submit([5] * 20, priority=0)
+    world.turn()
+    preempted = prefilling
+    assert world.open[preempted].preemptions == 1 and not world.open[preempted].running
+    for sid in (waiting, preempted, decoding):
+        world.abort(sid)
+        world.check()
+        world.abort(sid)  # has just ended: nothing more
+    assert [world.endings[sid].reason for sid in (waiting, preempted, decoding)] == ["aborted"] * 3
+    world.abort(77)
+    world.finish()
+    world.check()
+
+
+def test_abort_while_prefilling_leaves_what_was_computed_to_be_found() -> None:
+    world = quiet(step_tokens=6, blocks=12)
+    first = world.submit([1] * 12)
+    world.turn()
+    world.abort(first)
+    second = world.submit([1] * 12)
+    world.finish()
+    assert world.endings[second].cached_tokens == 6
+    assert world.endings[second].computed_tokens == 6
+
+
+def test_a_deadline_is_for_those_that_no_step_has_held() -> None:
+    world = quiet(slots=1, blocks=12)
+    world.now_ns = 100
+    held = world.submit([1] * 3, max_tokens=6, endless=True, start_by_ns=100, late_ns=50)
+    just = world.submit([2] * 3, start_by_ns=200)
+    late = world.submit([3] * 3, start_by_ns=199)
+    world.turn()
+    world.now_ns = 200
+    critical = world.submit([4] * 3, priority=0)
+    world.turn()
+    assert world.endings[late].reason == "deadline" and world.endings[late].queue_ns == 0
+    world.now_ns = 201
+    world.turn()
+    assert world.endings[just].reason == "deadline"
+    world.now_ns = 9_999
+    world.finish()
+    assert world.endings[held].reason == "length", "put back long after its deadline, it still comes to its end"
+    assert world.endings[held].preemptions == 1 and world.endings[held].queue_ns == 50
+    assert world.endings[critical].queue_ns == 0
+
+
+def test_drain_refuses_what_is_new_and_finishes_what_it_has() -> None:
+    world = quiet(slots=2, blocks=12)
+    has = [world.submit([n] * 4) for n in range(4)]
+    world.turn()
+    world.drain()
+    new = world.submit([9] * 4)
+    assert world.endings[new].reason == "draining"
+    world.finish()
+    assert {world.endings[sid].reason for sid in has} <= {"stop", "length"}
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    world = ReplicaWorld(shape(blocks=20, pinned=4, reserved_blocks=3))
+    fits = world.submit([1] * 30, max_tokens=9)  # 13 blocks of 3
+    assert world.endings == {}
+    world.submit([1] * 30, max_tokens=10)
+    assert [e.reason for e in world.endings.values()] == ["failed"]
+    world.finish()
+    assert world.endings[fits].output_tokens
+
+
+def test_pressure_names_the_oldest_even_when_gateways_are_heard_out_of_order() -> None:
+    world = quiet(slots=1, blocks=20)
+    world.now_ns = 1_000
+    world.submit([1] * 3, max_tokens=9, endless=True)
+    world.submit([2] * 3, late_ns=100)
+    world.submit([3] * 3, late_ns=700)
+    world.submit([4] * 3, late_ns=300)
+    world.turn()  # the oldest runs
+    pressure = world.journal[-2][2][-1]
+    assert (pressure.waiting[0].count, pressure.waiting[0].oldest_ns) == (3, 700)
+    world.finish()
+
+
+def test_a_failed_step_takes_its_prefix_along_but_not_those_that_sat_it_out() -> None:
+    world = quiet(slots=3, step_tokens=6, blocks=30)
+    first = world.submit([1] * 30)
+    world.turn()
+    waits = world.submit([2] * 9, priority=2)
+    world.turn(fault="step")
+    assert world.endings[first].reason == "failed" and world.endings[first].computed_tokens == 6
+    again = world.submit([1] * 30)
+    world.finish()
+    assert world.endings[again].cached_tokens == 6, "only what the first step wrote"
+    assert world.endings[waits].reason in ("stop", "length")
+
+
+def test_a_sequence_that_gave_nan_leaves_nothing_to_be_found() -> None:
+    world = quiet(blocks=30, step_tokens=30)
+    bad = world.submit([1] * 9 + [2])
+    world.turn(fault="nan")
+    assert (world.endings[bad].reason, world.endings[bad].output_tokens) == ("failed", 0)
+    good = world.submit([1] * 9 + [3])
+    world.finish()
+    assert world.endings[good].cached_tokens == 0
+
+
+def test_fresh_machines_repeat_a_trace_action_by_action() -> None:
+    config = shape(slots=4, blocks=30)
+    world = ReplicaWorld(config)
+    wander(world, 3, 250, crowd=14)
+    again = Replica(config)
+    assert all(again.handle(now_ns, event) == actions for now_ns, event, actions in world.journal)

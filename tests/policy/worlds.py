@@ -80,10 +80,13 @@ class Asked:
     def rank(self) -> tuple[int, int, int]:
         return (self.submit.priority, self.submit.sent_ns, self.submit.sid)
 
+    @property
+    def queue_ns(self) -> int:
+        return 0 if self.first_ns is None else self.first_ns - self.submit.sent_ns
+
     def ended(self, reason: EndReason) -> Ended:
-        queue_ns = 0 if self.first_ns is None else self.first_ns - self.submit.sent_ns
         return Ended(
-            self.sid, reason, self.computed_tokens, self.cached_tokens, self.outputs, queue_ns, self.preemptions
+            self.sid, reason, self.computed_tokens, self.cached_tokens, self.outputs, self.queue_ns, self.preemptions
         )
 
 
@@ -102,6 +105,7 @@ class ReplicaWorld:
         self.answers: dict[int, list[int]] = {}
         self.finished: list[tuple[str, list[int]]] = []  # conversations that can go on
         self.counts: Counter[str] = Counter()  # what the trace has been through
+        self.journal: list[tuple[int, ReplicaEvent, list[ReplicaAction]]] = []
         self.step: RunStep | None = None
         self.steps = 0
         self.submitted = -1
@@ -268,7 +272,8 @@ class ReplicaWorld:
             assert asked.running and not asked.decoding, "chunk: only of what is in prefill"
             assert 0 < tokens <= len(asked.tokens) - asked.computed, "chunk: of tokens that are known"
         for asked in rows:
-            assert len(asked.tokens) == asked.computed + 1 <= len(asked.table) * self.size, "decode: one token, with room"
+            assert len(asked.tokens) == asked.computed + 1, "decode: one token at a time"
+            assert len(asked.tokens) <= len(asked.table) * self.size, "decode: with room for it"
         assert {s.sid for s in step.start} <= {c.sid for c in step.chunks}, "start: runs at once"
         assert step.shape == StepShape(
             prefill_tokens=sum(n for _, n in chunks), prefill_rows=len(chunks), decode_rows=len(rows),
@@ -299,7 +304,7 @@ class ReplicaWorld:
         used = step.shape.decode_rows + step.shape.prefill_tokens
         spent = used + victims >= self.batcher.step_tokens
         partial = [c.sid for c in step.chunks if c.tokens < len(self.open[c.sid].tokens) - self.open[c.sid].computed]
-        assert not partial or (spent and partial == [step.chunks[-1].sid]), "chunks: whole, but for the last of the budget"
+        assert not partial or (spent and partial == [step.chunks[-1].sid]), "chunks: whole, but for the budget's last"
         starved = [a.rank for a in self._running() if not a.decoding and a.sid not in {c.sid for c in step.chunks}]
         assert not starved or (spent and min(starved) > max(ranks)), "prefill: first come, first served"
         if waiting:
@@ -371,7 +376,7 @@ class ReplicaWorld:
             chunks, steps = (), steps + 1
         self.steps += steps
         self.counts["multi"] += steps > 1
-        want_first = [FirstToken(sid, self.open[sid].ended("stop").queue_ns, self.open[sid].cached_tokens) for sid in first]
+        want_first = [FirstToken(sid, self.open[sid].queue_ns, self.open[sid].cached_tokens) for sid in first]
         want_ended = [self.open[e.sid].ended(e.reason) for e in ends]
         got = self._handle(StepDone(steps, tuple(first), tuple(ends), tuple(filled)))
         assert got == [*want_first, *want_ended], "step: first tokens, then ends"
@@ -459,6 +464,7 @@ class ReplicaWorld:
 
     def _handle(self, event: ReplicaEvent) -> list[ReplicaAction]:
         actions = self.machine.handle(self.now_ns, event)
+        self.journal.append((self.now_ns, event, list(actions)))
         for action in actions:
             if isinstance(action, Ended):
                 assert action.sid not in self.endings, "end: exactly one for each Submit"

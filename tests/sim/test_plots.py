@@ -102,9 +102,11 @@ def test_an_empty_run_still_makes_figures():
 
 def test_drawing_changes_neither_the_frames_nor_the_process(frames):
     before = [frame.copy() for frame in frames]
-    settings = dict(mpl.rcParams)
-    all_figures(*frames)
-    assert dict(mpl.rcParams) == settings
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        settings = dict(mpl.rcParams)
+        all_figures(*frames)
+        assert dict(mpl.rcParams) == settings
     for frame, copy in zip(frames, before, strict=True):
         assert frame.equals(copy)
 
@@ -145,16 +147,22 @@ def test_the_timeline_shows_load_level_waiting_and_losses(frames):
     assert [to_hex(line.get_color()) for line in load.lines[1:]] == [TWIN.lower(), LIVE]  # live lies over twin
     assert lines(level, LIVE)[0].get_xydata().tolist() == [[0, 0], [8, 1], [9, 3], [15, 0], [20, 0]]
     assert set(lines(level, TWIN)[0].get_ydata()) == {0}
-    for axis, cls in zip(queues, SALE.classes.values(), strict=True):
+    for axis, (name, cls) in zip(queues, SALE.classes.items(), strict=True):
         slo = lines(axis, SLO)[0]
         assert set(slo.get_ydata()) == {cls.slo_ttft_ms / 1000} and slo.get_linestyle() == "--"
         assert axis.get_ylim()[1] > cls.slo_ttft_ms / 1000 and axis.get_ylabel() == "s"
-    waits = lines(queues[0], LIVE)[0].get_ydata()
-    checkout = live[live["traffic_class"] == "checkout"]
-    assert waits.max() == pytest.approx(checkout["queue_ns"].max() / S_NS, abs=0.25)
+        for colour, frame in ((LIVE, live), (TWIN, twin)):
+            mine = frame[frame["traffic_class"] == name]
+            assert lines(axis, colour)[0].get_ydata().max() == pytest.approx(mine["queue_ns"].max() / S_NS)
     gone = ((live["outcome"] != "served") | (live["tier"] == "fallback").fillna(False)).sum()
     assert lines(lost, LIVE)[0].get_ydata()[:-1].sum() == gone
     assert lost.get_xlabel() == "seconds since the start" and lost.get_xlim() == (0, DURATION_S)
+
+
+def test_a_timeline_without_losses_has_a_flat_line_on_a_round_axis(frames):
+    calm = frames[0][frames[0]["tier"] == "model"]
+    figure = plots.timeline(calm, None, LEVEL_FRAME, None, SALE.classes)
+    assert figure.axes[-1].get_ylim() == (0, 1)
 
 
 def test_the_timelines_title_is_computed(frames):
@@ -214,18 +222,18 @@ def test_the_latency_title_names_the_class_nearest_to_its_slo():
 
 def test_tier_bars_add_up_live_above_twin(frames):
     live, twin = frames
-    figure = plots.tiers_by_class(live, twin)
+    figure = plots.tiers_by_class(live, twin, ["question", "never seen"])
     axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["question", plain(ODD), "checkout"]
     rows: dict[float, list] = {}
     for bar in axis.patches:
         rows.setdefault(round(bar.get_y() + bar.get_height() / 2, 3), []).append(bar)
     assert len(rows) == 2 * len(SALE.classes)
     assert all(sum(bar.get_width() for bar in bars) == pytest.approx(100) for bars in rows.values())
     first = rows[min(rows)]
-    mine = live[live["traffic_class"] == sorted(SALE.classes)[0]]
-    fallback = [bar for bar in first if to_hex(bar.get_facecolor()) == TIER_COLOURS["fallback"].lower()]
-    expected = 100 * (mine["tier"] == "fallback").fillna(False).mean()
-    assert sum(bar.get_width() for bar in fallback) == pytest.approx(expected)
+    mine = live[live["traffic_class"] == "question"]
+    exact = [bar.get_width() for bar in first if to_hex(bar.get_facecolor()) == TIER_COLOURS["exact"].lower()]
+    assert exact == pytest.approx([100 * (mine["tier"] == "exact").fillna(False).mean()])
     assert axis.yaxis_inverted()
     names = [text.get_text() for text in axis.texts if text.get_text() in ("live", "twin")]
     assert names == ["live", "twin"] * len(SALE.classes)

@@ -1,0 +1,845 @@
+"""The gateway machine against a plain specification: dicts, no generators, one short method an event.
+
+Every action of every event is predicted and compared (the overload level itself, and when a dropped answer is
+named, are taken from the machine and judged apart). On top stand promises that do not lean on the specification: one
+Answer or Reject for each Arrive whose client stays, one Record for each Arrive, nothing left over, every token settled.
+
+Mutations it caught:
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.config import (
+    ClassConfig,
+    ExactConfig,
+    GatewayConfig,
+    LimiterConfig,
+    OverloadConfig,
+    SemanticConfig,
+    TenantConfig,
+)
+from engine.events import (
+    Abort,
+    Answer,
+    Arrive,
+    Attach,
+    Cancel,
+    Drain,
+    DropAnswer,
+    Ended,
+    EndReason,
+    FindSimilar,
+    FirstToken,
+    GatewayAction,
+    GatewayEvent,
+    LevelRecord,
+    Pressure,
+    Record,
+    Reject,
+    RequestRecord,
+    Similar,
+    StoreAnswer,
+    Submit,
+    Waiting,
+    Wake,
+)
+from engine.policy.gateway import Gateway, fallback_id
+from engine.units import MS_NS, S_NS
+
+CLASSES = {
+    "fraud": ClassConfig(criticality="critical", caches="none", slo_ttft_ms=500, timeout_ms=2_000),
+    "vip": ClassConfig(criticality="critical", slo_ttft_ms=500, timeout_ms=3_000),
+    "chat": ClassConfig(criticality="standard", slo_ttft_ms=1_000, timeout_ms=4_000),
+    "help": ClassConfig(criticality="standard", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="help.txt"),
+    "reco": ClassConfig(criticality="sheddable", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="reco.txt"),
+    "tips": ClassConfig(criticality="sheddable", slo_ttft_ms=1_000, timeout_ms=3_000),
+}
+TOKENS = 1_000_000  # the bucket of "rich": so large and refilled so slowly that every token can be counted
+POOR_BURST = 6
+TENANTS = {
+    "rich": TenantConfig(tokens_per_s=1e-6),
+    "poor": TenantConfig(burst=POOR_BURST, rate_rps=1e-9),
+}
+TTL_NS, KEEP_NS = 2 * S_NS, 6 * S_NS
+
+
+def config(semantic: bool = True, exact: bool = True) -> GatewayConfig:
+    return GatewayConfig(
+        classes=CLASSES, tenants=TENANTS, limiter=LimiterConfig(token_burst_s=1e12), index=3,
+        exact=ExactConfig(enabled=exact, ttl_s=2, stale_s=4), semantic=SemanticConfig(enabled=semantic),
+        overload=OverloadConfig(window_ms=250, quiet_windows=3),
+    )
+
+
+@dataclass(eq=False)
+class Flight:
+    """A submission in the specification."""
+
+    submit: Submit
+    key: bytes
+    source: str
+    riders: list[Trip]
+    started: bool = False
+    aborted: bool = False
+
+    @property
+    def deserted(self) -> bool:
+        return all(trip.outcome for trip in self.riders)
+
+
+@dataclass(eq=False)
+class Trip:
+    """A request in the specification."""
+
+    ask: Arrive
+    level: int
+    key: bytes
+    asked: bool = False
+    waits_for_similar: bool = False
+    leads: bool = False
+    first_ns: int | None = None
+    outcome: str = ""
+    row: dict[str, object] = field(default_factory=dict)  # what its record holds beside the obvious
+
+    @property
+    def cls(self) -> ClassConfig:
+        return CLASSES[self.ask.traffic_class]
+
+
+class GatewayWorld:
+    """Clients, encoder and replica of one gateway. They answer when the test says, in any order."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config, self.machine = config, Gateway(config)
+        self.now_ns = 0
+        self.trips: dict[int, Trip] = {}
+        self.flights: dict[int, Flight] = {}
+        self.by_key: dict[bytes, Flight] = {}
+        self.cache: dict[bytes, tuple[str, int, str, int]] = {}  # answer, stored, source, output tokens
+        self.arrived: list[Arrive] = []
+        self.draining = False
+        self.poor = 0
+        self.used = 0  # tokens that "rich" has to pay
+        self.want: list[GatewayAction] = []
+        self.journal: list[tuple[int, GatewayEvent, list[GatewayAction]]] = []
+        # what the outside world has seen
+        self.heard: dict[int, Answer | Reject] = {}
+        self.gone: dict[int, None] = {}  # cancelled before they had heard anything
+        self.rows: dict[str, RequestRecord] = {}
+        self.texts: dict[str, None] = {}  # the driver keeps these
+        self.next_sid = config.index << 40
+
+    # ------------------------------------------------------------ events
+
+    def arrive(
+        self, traffic_class: str, key: bytes = b"", tenant: str = "rich", late_ns: int = 0, prompt: int = 5
+    ) -> int:
+        rid = len(self.arrived)
+        ask = Arrive(
+            rid, f"r{rid}", tenant, traffic_class, self.now_ns - late_ns, prompt_tokens=prompt, max_tokens=4,
+            exact_key=key, text_key=key, blocks=(b"x",), pinned_blocks=1,
+        )
+        self.arrived.append(ask)
+        self.poor += tenant == "poor"
+
+        def spec() -> None:
+            trip = Trip(ask, self.level, key if CLASSES[traffic_class].caches == "exact" else b"")
+            self.trips[rid] = trip
+            if tenant == "poor" and self.poor > POOR_BURST:
+                self._reject(trip, "rate_limited", None)
+                self._close(trip)
+            elif self.draining:
+                self._reject(trip, "draining", S_NS)
+                self._close(trip)
+            else:
+                self._way(trip)
+
+        self._tell(ask, spec)
+        return rid
+
+    def similar(self, rid: int) -> None:
+        """The encoder answers."""
+
+        def spec() -> None:
+            trip = self.trips.get(rid)
+            if trip is not None and trip.waits_for_similar:
+                trip.waits_for_similar = False
+                self._way(trip)
+
+        self._tell(Similar(rid), spec)
+
+    def first_token(self, sid: int) -> None:
+        def spec() -> None:
+            if flight := self.flights.get(sid):
+                flight.started = True
+                for trip in flight.riders:
+                    if trip.first_ns is None and not trip.outcome:
+                        trip.first_ns = self.now_ns
+
+        self._tell(FirstToken(sid, 7, 2), spec)
+
+    def end(self, sid: int, reason: EndReason, answer_id: str = "a", outputs: int = 3) -> None:
+        ran = reason not in ("deadline", "draining")
+        good = reason in ("stop", "length")
+        ended = Ended(
+            sid, reason, computed_tokens=3 * ran, cached_tokens=2 * ran, output_tokens=outputs * ran, queue_ns=7 * ran,
+            preemptions=1 * ran, answer_id=answer_id if good else "", answer_bytes=9 if good else 0,
+        )
+
+        def spec() -> None:
+            flight = self.flights.pop(sid, None)
+            if flight is None:
+                return
+            self._hide(flight)
+            for trip in flight.riders:
+                self._landed(trip, flight, ended)
+
+        self._tell(ended, spec)
+
+    def pressure(self, ages_ms: dict[str, int], acked_sid: int = -1) -> None:
+        """The replica's word: how long the oldest of each class has waited."""
+        waiting = tuple(Waiting(name, 1, self.now_ns - ms * MS_NS) for name, ms in ages_ms.items())
+        self._tell(Pressure(0, acked_sid, running=1, waiting=waiting), lambda: None)
+
+    def cancel(self, rid: int) -> None:
+        if rid in self.trips and rid not in self.heard:
+            self.gone[rid] = None
+
+        def spec() -> None:
+            trip = self.trips.get(rid)
+            if trip is not None and not trip.outcome:
+                trip.outcome, trip.row["e2e_ns"] = "cancelled", self.now_ns - trip.ask.arrived_ns
+                self._off(trip)
+
+        self._tell(Cancel(rid), spec)
+
+    def drain(self) -> None:
+        self._tell(Drain(), lambda: None)
+        self.draining = True
+
+    def wake(self) -> None:
+        def spec() -> None:
+            due = [(self._due_ns(trip), rid) for rid, trip in self.trips.items()]
+            for due_ns, rid in sorted(due):
+                trip = self.trips.get(rid)
+                if due_ns <= self.now_ns and trip is not None and not trip.outcome:
+                    self._reject(trip, "deadline_exceeded", None)
+                    self._off(trip)
+
+        self._tell(Wake(), spec)
+
+    def time_passes(self, ns: int) -> None:
+        """With a wake whenever the machine wants one."""
+        until, wakes = self.now_ns + ns, 0
+        while (wake_ns := self.machine.next_wake_ns()) is not None and wake_ns <= until:
+            self.now_ns = max(self.now_ns, wake_ns)
+            self.wake()
+            wakes += 1
+            assert wakes < 10_000, "a wake changes something: it never spins"
+        self.now_ns = until
+        assert all(self._due_ns(t) > self.now_ns for t in self.trips.values() if not t.outcome), "timeout: on time"
+
+    def finish(self) -> None:
+        """Whoever was asked answers; then nothing may be left, and every token is settled."""
+        while self.trips:
+            for rid in [rid for rid, trip in self.trips.items() if trip.waits_for_similar]:
+                self.similar(rid)
+            for sid, flight in list(self.flights.items()):
+                self.end(sid, "aborted" if flight.aborted else "stop")
+        stats = self.machine.stats()
+        assert (stats.in_flight, stats.flights.flights, stats.flights.riders) == (0, 0, 0)
+        assert stats.breaker.open_permits == 0
+        assert stats.arrived == stats.ended == len(self.arrived)
+        assert len(self.rows) == len(self.arrived), "record: one for each Arrive"
+        for ask in self.arrived:
+            row = self.rows[ask.request_id]
+            assert (ask.rid in self.heard) != (ask.rid in self.gone), "an answer, a refusal, or gone before either"
+            assert (row.outcome == "cancelled") == (ask.rid in self.gone)
+        for more in (0, 1):
+            verdict = copy.deepcopy(self.machine.limiter).take(self.now_ns, "rich", TOKENS - self.used + more)
+            assert verdict.ok != more, "tokens: every reservation is settled once, for what was used"
+
+    # ------------------------------------------------------------ the specification
+
+    @property
+    def level(self) -> int:
+        return self.machine.overload.level
+
+    def _way(self, trip: Trip) -> None:
+        if trip.key and (hit := self._cached(trip)):
+            tier, (answer_id, stored_ns, source, outputs) = hit
+            trip.row |= {"tier": tier, "answer_id": answer_id, "output_tokens": outputs}
+            trip.first_ns = self.now_ns
+            self._serve(trip, Answer(trip.ask.rid, tier, answer_id, trip.level, self.now_ns - stored_ns, source))
+            self._close(trip)
+        elif (flight := self.by_key.get(trip.key)) and flight.submit.priority <= trip.cls.priority:
+            flight.riders.append(trip)
+            if flight.started:
+                trip.first_ns = self.now_ns
+            self.want.append(Attach(trip.ask.rid, flight.submit.sid))
+        elif trip.key and self.config.semantic.enabled and not trip.asked:
+            trip.asked = trip.waits_for_similar = True
+            self.want.append(FindSimilar(trip.ask.rid, trip.key))
+        elif {0: False, 1: self.level >= 3, 2: self.level >= 2}[trip.cls.priority]:
+            levels = self.level - (2 if trip.cls.priority == 1 else 1)  # down to 2, or to 1
+            self._fall_back(trip, "overloaded", max(S_NS, levels * 3 * 250 * MS_NS))
+            self._close(trip)
+        else:
+            self._lead(trip)
+
+    def _cached(self, trip: Trip) -> tuple[str, tuple[str, int, str, int]] | None:
+        entry = self.cache.get(trip.key)
+        age_ns = self.now_ns - entry[1] if entry else KEEP_NS + 1
+        if age_ns <= TTL_NS:
+            return "exact", entry
+        if age_ns <= KEEP_NS and trip.cls.criticality == "sheddable" and self.level >= 1:
+            return "approximate", entry
+        return None
+
+    def _lead(self, trip: Trip) -> None:
+        ask, cls = trip.ask, trip.cls
+        submit = Submit(
+            self.next_sid, ask.rid, ask.tenant, ask.traffic_class, cls.priority, self.now_ns,
+            ask.arrived_ns + cls.slo_ttft_ms * MS_NS, ask.prompt_tokens, ask.max_tokens, ask.blocks, ask.pinned_blocks,
+        )
+        self.next_sid += 1
+        trip.leads, trip.row["replica"] = True, 0
+        flight = self.flights[submit.sid] = Flight(submit, trip.key, ask.request_id, [trip])
+        if trip.key:
+            self.by_key[trip.key] = flight
+        self.want.append(submit)
+
+    def _landed(self, trip: Trip, flight: Flight, ended: Ended) -> None:
+        good = ended.reason in ("stop", "length")
+        leads = trip is flight.riders[0]
+        if not leads and not trip.outcome and ended.reason in ("aborted", "deadline", "draining"):
+            return self._way(trip)
+        if leads and ended.computed_tokens and trip.ask.tenant == "rich":
+            self.used += trip.ask.prompt_tokens + ended.output_tokens
+        if leads and good and trip.key and ended.answer_id and self.config.exact.enabled:
+            self.cache[trip.key] = (ended.answer_id, self.now_ns, trip.ask.request_id, ended.output_tokens)
+            self.want.append(StoreAnswer(ended.answer_id, ended.sid))
+        trip.row |= {"answer_id": ended.answer_id, "output_tokens": ended.output_tokens}
+        if leads:
+            names = ("cached_tokens", "computed_tokens", "queue_ns", "preemptions")
+            trip.row |= {name: getattr(ended, name) for name in names}
+        if not trip.outcome:
+            if good:
+                tier = trip.row["tier"] = "model" if leads else "coalesced"
+                source = "" if leads else flight.source
+                self._serve(trip, Answer(trip.ask.rid, tier, ended.answer_id, trip.level, source=source))
+            elif ended.reason == "draining":
+                self._reject(trip, "draining", S_NS)
+            else:
+                self._fall_back(trip, "model_failed" if ended.reason == "failed" else "deadline_exceeded", None)
+        return self._close(trip)
+
+    def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
+        if not trip.cls.fallback or trip.first_ns is not None:
+            return self._reject(trip, code, retry_after_ns)
+        text = fallback_id(trip.ask.traffic_class)
+        trip.row |= {"tier": "fallback", "error_code": code, "answer_id": text}
+        trip.first_ns = self.now_ns
+        return self._serve(trip, Answer(trip.ask.rid, "fallback", text, trip.level))
+
+    def _serve(self, trip: Trip, answer: Answer) -> None:
+        trip.outcome, trip.row["e2e_ns"] = "served", self.now_ns - trip.ask.arrived_ns
+        self.want.append(answer)
+
+    def _reject(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
+        trip.outcome = "failed" if code == "model_failed" else "rejected"
+        trip.row |= {"error_code": code, "e2e_ns": self.now_ns - trip.ask.arrived_ns}
+        self.want.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))
+
+    def _off(self, trip: Trip) -> None:
+        """Its client waits no longer. It lives on until its flight has landed."""
+        if trip.waits_for_similar:
+            return self._close(trip)
+        flight = next(f for f in self.flights.values() if trip in f.riders)
+        if flight.deserted:
+            flight.aborted = True
+            self._hide(flight)
+            self.want.append(Abort(flight.submit.sid))
+        return None
+
+    def _hide(self, flight: Flight) -> None:
+        if self.by_key.get(flight.key) is flight:
+            del self.by_key[flight.key]
+
+    def _close(self, trip: Trip) -> None:
+        ask = trip.ask
+        del self.trips[ask.rid]
+        ttft_ns = None if trip.first_ns is None else trip.first_ns - ask.arrived_ns
+        self.want.append(
+            Record(
+                RequestRecord(
+                    ask.request_id, ask.tenant, ask.traffic_class, ask.arrived_ns, trip.outcome, trip.level,  # type: ignore[arg-type]
+                    prompt_tokens=ask.prompt_tokens, ttft_ns=ttft_ns, **trip.row,  # type: ignore[arg-type]
+                )
+            )
+        )
+
+    def _due_ns(self, trip: Trip) -> int:
+        return trip.ask.arrived_ns + trip.cls.timeout_ms * MS_NS
+
+    # ------------------------------------------------------------ looking on
+
+    def _tell(self, event: GatewayEvent, spec) -> None:
+        before = self.level
+        actions = self.machine.handle(self.now_ns, event)
+        self.journal.append((self.now_ns, event, list(actions)))
+        self.machine.check()
+        self.want.clear()
+        spec()
+        for action in actions:
+            self._look(action)
+        levels = [a.record for a in actions if isinstance(a, Record) and isinstance(a.record, LevelRecord)]
+        assert [r.level for r in levels] == ([self.level] if self.level != before else []), "level: told when it moves"
+        rest = [a for a in actions if not isinstance(a, DropAnswer) and getattr(a, "record", None) not in levels]
+        for i, (got, want) in enumerate(zip(rest, self.want, strict=False)):
+            if isinstance(want, Reject) and want.code == "rate_limited":  # how long is the limiter's own test
+                assert got.code == "rate_limited" and got.retry_after_ns > 0
+                rest[i] = want
+        assert rest == self.want
+        due = [self._due_ns(trip) for trip in self.trips.values() if not trip.outcome]
+        wake_ns = self.machine.next_wake_ns()
+        assert not due or (wake_ns is not None and wake_ns <= min(due)), "wake: no deadline is missed"
+
+    def _look(self, action: GatewayAction) -> None:
+        """What holds however the specification is written."""
+        match action:
+            case Answer(rid=rid, tier=tier) | Reject(rid=rid, code=tier):
+                assert rid not in self.heard and rid not in self.gone, "one Answer or Reject, to somebody who listens"
+                self.heard[rid] = action
+                name = self.arrived[rid].traffic_class
+                if tier in ("exact", "approximate"):
+                    assert action.answer_id in self.texts, "a cached answer's text is still there"
+                    assert CLASSES[name].caches == "exact"
+                if tier == "approximate":
+                    assert CLASSES[name].criticality == "sheddable" and self.level >= 1
+                if tier in ("overloaded", "approximate", "fallback"):
+                    assert CLASSES[name].criticality != "critical", "critical: the same at every level"
+                assert tier != "overloaded" or action.retry_after_ns >= S_NS
+            case StoreAnswer(answer_id=answer_id):
+                self.texts[answer_id] = None
+            case DropAnswer(answer_id=answer_id):
+                assert answer_id in self.texts, "dropped: only what is kept"
+                del self.texts[answer_id]
+                young = [e for e in self.cache.values() if e[0] == answer_id and self.now_ns - e[1] <= KEEP_NS]
+                assert not young, "dropped: nothing that may still be served"
+            case Record(record=RequestRecord() as row):
+                assert row.request_id not in self.rows, "record: one for each Arrive"
+                self.rows[row.request_id] = row
+
+
+# ---------------------------------------------------------------- random traces
+
+KEYS = [b"", b"k1", b"k2", b"k3"]
+
+
+def some_end(world: GatewayWorld, flight: Flight, r: int) -> EndReason:
+    if flight.aborted:
+        return ("aborted", "aborted", "stop")[r % 3]  # it may have landed before it heard of it
+    if flight.started:
+        return ("stop", "length", "failed")[r % 3]
+    return ("stop", "length", "deadline", "failed", "draining", "aborted")[r % 6]
+
+
+class GatewayMachine(RuleBasedStateMachine):
+    """Short traces that shrink well."""
+
+    @initialize(semantic=st.booleans(), exact=st.sampled_from([True, True, True, False]))
+    def start(self, semantic: bool, exact: bool) -> None:
+        self.world = GatewayWorld(config(semantic, exact))
+
+    @rule(
+        traffic_class=st.sampled_from([*CLASSES]), key=st.sampled_from(KEYS), prompt=st.integers(1, 9),
+        tenant=st.sampled_from(["rich", "rich", "rich", "poor"]), late_ns=st.sampled_from([0, 0, 300 * MS_NS]),
+    )
+    def arrive(self, **ask) -> None:
+        self.world.arrive(**ask)
+
+    @precondition(lambda self: self.world.arrived)
+    @rule(pick=st.integers(0, 50))
+    def similar(self, pick: int) -> None:
+        waiting = [rid for rid, trip in self.world.trips.items() if trip.waits_for_similar]
+        if waiting:
+            self.world.similar(waiting[pick % len(waiting)])
+
+    @precondition(lambda self: self.world.flights)
+    @rule(pick=st.integers(0, 9))
+    def first_token(self, pick: int) -> None:
+        sids = [sid for sid, flight in self.world.flights.items() if not flight.started]
+        if sids:
+            self.world.first_token(sids[pick % len(sids)])
+
+    @precondition(lambda self: self.world.flights)
+    @rule(pick=st.integers(0, 9), reason=st.integers(0, 5), answer=st.sampled_from(["a", "b", ""]))
+    def end(self, pick: int, reason: int, answer: str) -> None:
+        sid = [*self.world.flights][pick % len(self.world.flights)]
+        self.world.end(sid, some_end(self.world, self.world.flights[sid], reason), answer)
+
+    @rule(
+        ages_ms=st.dictionaries(st.sampled_from([*CLASSES]), st.sampled_from([0, 110, 260, 450, 700]), max_size=2),
+        acked=st.integers(-1, 3),
+    )
+    def pressure(self, ages_ms: dict[str, int], acked: int) -> None:
+        self.world.pressure(ages_ms, self.world.next_sid - acked)
+
+    @rule(back=st.integers(0, 12))
+    def cancel(self, back: int) -> None:
+        self.world.cancel(len(self.world.arrived) - back)
+
+    @rule(ms=st.sampled_from([0, 1, 100, 300, 1_000, 3_000]))
+    def time_passes(self, ms: int) -> None:
+        self.world.time_passes(ms * MS_NS)
+
+    @rule()
+    def wake_for_nothing(self) -> None:
+        self.world.wake()
+
+    @rule(sid=st.sampled_from([-1, 5, (3 << 40) + 10**6]))
+    def strangers(self, sid: int) -> None:
+        """Unknown ids are no-ops."""
+        self.world.first_token(sid)
+        self.world.end(sid, "stop")
+        self.world.similar(10**6 + sid)
+        self.world.cancel(10**6 + sid)
+
+    @precondition(lambda self: len(self.world.arrived) > 15)
+    @rule()
+    def drain(self) -> None:
+        self.world.drain()
+
+    @invariant()
+    def check(self) -> None:
+        if hasattr(self, "world"):
+            self.world.machine.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world") and self.world.journal and sys.exc_info()[0] is None:
+            self.world.finish()
+
+
+GatewayMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestGateway = GatewayMachine.TestCase
+
+
+def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = None) -> None:
+    """A long random trace; popular questions, storms of waiting, clients who lose patience."""
+    r = random.Random(seed)
+    for n in range(events):
+        world.time_passes(r.choice([0, 0, 1, 40, 200, 1_500]) * MS_NS)
+        waiting = [rid for rid, trip in world.trips.items() if trip.waits_for_similar]
+        flying = [*world.flights]
+        what = r.random()
+        if what < 0.4:
+            world.arrive(
+                r.choice([*CLASSES]), r.choice(KEYS), r.choice(["rich", "rich", "rich", "poor"]),
+                late_ns=r.choice([0, 0, 300 * MS_NS]), prompt=r.randrange(1, 9),
+            )
+        elif what < 0.6 and waiting:
+            world.similar(r.choice(waiting))
+        elif what < 0.68 and flying:
+            world.first_token(r.choice(flying))
+        elif what < 0.82 and flying:
+            sid = r.choice(flying)
+            world.end(sid, some_end(world, world.flights[sid], r.randrange(6)), r.choice("abc"))
+        elif what < 0.9:
+            name = r.choice([*CLASSES])
+            world.pressure({name: r.choice([0, 110, 260, 450, 700])} if r.random() < 0.8 else {}, world.next_sid - 1)
+        elif what < 0.97 and world.arrived:
+            anybody = [ask.rid for ask in world.arrived]
+            world.cancel(r.choice(anybody if r.random() < 0.3 else [*world.trips] or anybody))
+        if n == drain_at:
+            world.drain()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_long_random_traces(seed: int) -> None:
+    world = GatewayWorld(config(semantic=seed % 2 == 0))
+    wander(world, seed, 3_000, drain_at=2_950)
+    world.finish()
+    rows = [*world.rows.values()]
+    tiers = {row.tier for row in rows} | {row.error_code for row in rows} | {row.outcome for row in rows}
+    assert tiers >= {"exact", "approximate", "coalesced", "fallback", "model", "cancelled"}
+    assert tiers >= {"rate_limited", "overloaded", "draining", "deadline_exceeded", "model_failed"}
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def actions_of(world: GatewayWorld, kind: type) -> list:
+    return [a for _, _, actions in world.journal for a in actions if isinstance(a, kind)]
+
+
+def crowd(world: GatewayWorld, count: int, traffic_class: str = "chat", key: bytes = b"k") -> list[int]:
+    """Identical requests, on board."""
+    rids = [world.arrive(traffic_class, key) for _ in range(count)]
+    for rid in rids:
+        world.similar(rid)
+    return rids
+
+
+@pytest.mark.parametrize("semantic", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+def test_fifty_identical_cold_requests_compute_once(semantic: bool, started: bool) -> None:
+    world = GatewayWorld(config(semantic))
+    rids = crowd(world, 25)
+    [submit] = actions_of(world, Submit)
+    if started:
+        world.first_token(submit.sid)
+    rids += crowd(world, 25)
+    world.end(submit.sid, "stop")
+    assert len(actions_of(world, Submit)) == 1
+    assert [world.heard[rid].tier for rid in rids] == ["model"] + ["coalesced"] * 49
+    assert world.heard[rids[49]].source == "r0"
+    later = world.arrive("chat", b"k")
+    assert world.heard[later].tier == "exact"
+    world.finish()
+    assert sum(row.computed_tokens for row in world.rows.values()) == 3
+
+
+def test_an_answer_that_came_while_the_encoder_was_asked_is_taken() -> None:
+    world = GatewayWorld(config())
+    first, second = world.arrive("chat", b"k"), world.arrive("chat", b"k")
+    world.similar(first)
+    world.end(world.next_sid - 1, "stop")
+    world.similar(second)
+    assert world.heard[second].tier == "exact"
+    world.finish()
+
+
+def test_a_leader_who_leaves_does_not_strand_its_followers() -> None:
+    world = GatewayWorld(config())
+    leader, *followers = crowd(world, 4)
+    world.cancel(leader)
+    assert not actions_of(world, Abort)
+    world.end(world.next_sid - 1, "length")
+    assert [world.heard[rid].tier for rid in followers] == ["coalesced"] * 3
+    assert world.rows["r0"].outcome == "cancelled"
+    assert world.heard[world.arrive("chat", b"k")].tier == "exact", "it paid for an answer; that is kept"
+    world.finish()
+
+
+def test_an_encoder_that_answers_twice_is_heard_once() -> None:
+    world = GatewayWorld(config())
+    [rid] = crowd(world, 1)
+    world.time_passes(S_NS)
+    world.similar(rid)
+    world.end(3 << 40, "stop")
+    assert world.rows["r0"].ttft_ns is None, "no first token was seen"
+    world.finish()
+
+
+def test_the_last_rider_to_leave_aborts_once() -> None:
+    world = GatewayWorld(config())
+    rids = crowd(world, 3)
+    for rid in (rids[1], rids[0], rids[2]):
+        assert not actions_of(world, Abort)
+        world.cancel(rid)
+    world.cancel(rids[2])
+    world.wake()
+    assert actions_of(world, Abort) == [Abort(3 << 40)]
+    newcomer = world.arrive("chat", b"k")
+    world.similar(newcomer)
+    assert [a.rid for a in actions_of(world, Submit)] == [rids[0], newcomer], "nobody joins what is being stopped"
+    world.end(3 << 40, "aborted")
+    world.finish()
+    assert world.heard[newcomer].tier == "model"
+
+
+@pytest.mark.parametrize("reason", ["deadline", "aborted", "draining"])
+@pytest.mark.parametrize("semantic", [True, False])
+def test_a_leader_that_never_ran_hands_over_to_a_follower(reason: EndReason, semantic: bool) -> None:
+    world = GatewayWorld(config(semantic))
+    leader, *followers = crowd(world, 4)
+    world.end(3 << 40, reason)
+    for rid in followers:
+        world.similar(rid)
+    assert [a.rid for a in actions_of(world, Submit)] == [leader, followers[0]]
+    assert [a.rid for a in actions_of(world, Attach)[-2:]] == followers[1:]
+    world.end((3 << 40) + 1, "stop")
+    assert [world.heard[rid].tier for rid in followers] == ["model", "coalesced", "coalesced"]
+    assert world.heard[leader].code == ("draining" if reason == "draining" else "deadline_exceeded")
+    world.finish()
+
+
+def test_a_failed_answer_reaches_all_riders_and_no_cache() -> None:
+    world = GatewayWorld(config())
+    plain = crowd(world, 3, "chat", b"k")
+    world.end(world.next_sid - 1, "failed")
+    assert [world.heard[rid].code for rid in plain] == ["model_failed"] * 3
+    falls = crowd(world, 2, "help", b"k")
+    assert len(actions_of(world, Submit)) == 2, "nothing was kept"
+    world.end(world.next_sid - 1, "failed")
+    assert [world.heard[rid].tier for rid in falls] == ["fallback"] * 2
+    started = crowd(world, 2, "help", b"k")
+    world.first_token(world.next_sid - 1)
+    world.end(world.next_sid - 1, "failed")
+    assert [world.heard[rid].code for rid in started] == ["model_failed"] * 2, "half an answer cannot be taken back"
+    assert not actions_of(world, StoreAnswer)
+    world.finish()
+
+
+def test_nobody_rides_on_a_flight_of_lower_criticality() -> None:
+    world = GatewayWorld(config(semantic=False))
+    for name in ("tips", "chat", "vip", "chat", "tips"):
+        world.arrive(name, b"k")
+    assert [a.traffic_class for a in actions_of(world, Submit)] == ["tips", "chat", "vip"]
+    assert [(a.rid, a.sid - (3 << 40)) for a in actions_of(world, Attach)] == [(3, 2), (4, 2)]
+    world.finish()
+
+
+LEVELS_MS = {0: 0, 1: 250, 2: 450, 3: 600}  # a standard class with 1,000 ms: age of its oldest
+
+
+def at_level(level: int, semantic: bool = False) -> GatewayWorld:
+    world = GatewayWorld(config(semantic))
+    world.pressure({"chat": LEVELS_MS[level]} if level else {})
+    assert world.level == level
+    return world
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_what_is_shed_at_which_level(level: int) -> None:
+    world = at_level(level)
+    heard = {name: world.heard.get(world.arrive(name)) for name in CLASSES}
+    assert heard["fraud"] is heard["vip"] is None, "critical goes to the model at every level"
+    assert (heard["reco"].tier if heard["reco"] else None) == ("fallback" if level >= 2 else None)
+    assert (heard["tips"].code if heard["tips"] else None) == ("overloaded" if level >= 2 else None)
+    assert (heard["help"].tier if heard["help"] else None) == ("fallback" if level >= 3 else None)
+    assert (heard["chat"].code if heard["chat"] else None) == ("overloaded" if level >= 3 else None)
+    if level == 3:
+        assert heard["tips"].retry_after_ns == 2 * 750 * MS_NS, "two levels down, three quiet windows each"
+        assert heard["chat"].retry_after_ns == S_NS
+        assert world.rows[f"r{heard['reco'].rid}"].error_code == "overloaded"
+    world.finish()
+
+
+def test_shed_work_may_still_ride_or_be_answered_from_the_cache() -> None:
+    world = GatewayWorld(config(semantic=False))
+    world.arrive("vip", b"k")
+    world.pressure({"chat": 600})
+    follower = world.arrive("tips", b"k")
+    assert [a.rid for a in actions_of(world, Attach)] == [follower]
+    world.end(3 << 40, "stop")
+    assert world.heard[world.arrive("chat", b"k")].tier == "exact"
+    world.finish()
+
+
+def test_critical_without_caches_is_never_answered_from_one() -> None:
+    world = GatewayWorld(config())
+    crowd(world, 1, "vip", b"k")
+    world.end(3 << 40, "stop")
+    for _ in range(3):
+        world.arrive("fraud", b"k")
+    assert [a.traffic_class for a in actions_of(world, Submit)] == ["vip"] + ["fraud"] * 3
+    assert len(actions_of(world, FindSimilar)) == 1
+    world.finish()
+    assert actions_of(world, StoreAnswer) == [StoreAnswer("a", 3 << 40)]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize(
+    ("age_ns", "tier"), [(TTL_NS, "exact"), (TTL_NS + 1, "old"), (KEEP_NS, "old"), (KEEP_NS + 1, "")]
+)
+def test_stale_answers_are_for_sheddable_classes_under_pressure(level: int, age_ns: int, tier: str) -> None:
+    world = GatewayWorld(config(semantic=False))
+    world.arrive("vip", b"k")
+    world.end(3 << 40, "stop")
+    world.time_passes(age_ns)
+    world.pressure({"chat": LEVELS_MS[level]} if level else {})
+    tiers = [getattr(world.heard.get(world.arrive(name, b"k")), "tier", "") for name in ("tips", "vip")]
+    stale = "approximate" if tier == "old" and level else ""
+    assert tiers == (["exact", "exact"] if tier == "exact" else [stale, ""])
+    if stale:
+        assert (world.heard[1].age_ns, world.heard[1].source) == (age_ns, "r0")
+    world.finish()
+
+
+def test_timeout_is_a_504_and_settles_later() -> None:
+    world = GatewayWorld(config())
+    alone, asks = world.arrive("fraud"), world.arrive("vip", b"k")
+    world.time_passes(1_999 * MS_NS)
+    assert not world.heard
+    world.time_passes(MS_NS)
+    assert world.heard[alone] == Reject(alone, "deadline_exceeded")
+    assert actions_of(world, Abort) == [Abort(3 << 40)]
+    assert not world.rows, "the record waits for the replica's word on what was used"
+    world.end(3 << 40, "aborted", outputs=2)
+    assert world.rows["r0"].output_tokens == 2
+    assert world.used == 5 + 2
+    world.time_passes(S_NS)
+    assert world.heard[asks].code == "deadline_exceeded"
+    world.similar(asks)
+    world.finish()
+
+
+def test_a_late_leader_hands_nothing_over_while_others_listen() -> None:
+    world = GatewayWorld(config())
+    leader = crowd(world, 1, "vip")[0]
+    world.time_passes(2_500 * MS_NS)
+    follower = world.arrive("chat", b"k")
+    world.time_passes(S_NS)
+    assert world.heard[leader].code == "deadline_exceeded" and not actions_of(world, Abort)
+    world.end(3 << 40, "stop")
+    assert world.heard[follower].tier == "coalesced"
+    world.finish()
+
+
+def test_drain_finishes_what_it_has() -> None:
+    world = GatewayWorld(config())
+    has = crowd(world, 2)
+    world.drain()
+    assert world.heard[world.arrive("fraud")].code == "draining"
+    world.end(3 << 40, "stop")
+    assert [world.heard[rid].tier for rid in has] == ["model", "coalesced"]
+    world.finish()
+
+
+# ---------------------------------------------------------------- the same events, the same actions
+
+AGAIN = """
+import hashlib, sys
+import msgspec
+from engine.config import GatewayConfig
+from engine.events import GatewayEvent
+from engine.policy.gateway import Gateway
+kind = tuple[GatewayConfig, list[tuple[int, GatewayEvent]]]
+config, journal = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=kind)
+machine, digest = Gateway(config), hashlib.sha256()
+for now_ns, event in journal:
+    digest.update(msgspec.msgpack.encode([*machine.handle(now_ns, event), machine.next_wake_ns()]))
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_events_give_the_same_actions_whatever_the_hash_seed() -> None:
+    world = GatewayWorld(config())
+    wander(world, 11, 600)
+    again, digest = Gateway(config()), hashlib.sha256()
+    for now_ns, event, actions in world.journal:
+        assert again.handle(now_ns, event) == actions
+        digest.update(msgspec.msgpack.encode([*actions, again.next_wake_ns()]))
+    events = msgspec.msgpack.encode((config(), [(now_ns, event) for now_ns, event, _ in world.journal]))
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN], input=events, capture_output=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.stdout.decode().strip() == digest.hexdigest()
