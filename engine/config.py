@@ -150,7 +150,7 @@ class ModelConfig(Section):
 class IngressConfig(Section):
     """What the ingress takes in before it says no."""
 
-    max_body_bytes: Positive = 64 * 1024  # tokenising it takes some 20 ms of the ingress' time; contexts are 1,024 tokens
+    max_body_bytes: Positive = 64 * 1024  # tokenising it takes some 20 ms of the ingress; a context is far smaller
     max_in_flight: Positive = 10_000
 
 

@@ -124,6 +124,20 @@ def test_a_table_grows_block_by_block(hand: Hand, reference) -> None:
     assert hand.out[0] == reference(prompt, 40)
 
 
+def test_tokens_told_between_steps_are_not_told_again(tiny: LoadedModel) -> None:
+    hand = hand_on(tiny)
+    hand.whole(0, [5, 6, 7], max_tokens=30, params=SamplingParams(ignore_eos=True))
+    told: list[int] = []
+    plan = RunStep(hand.steps, StepShape(), at_most=9)
+    result = hand.runner.run(plan, lambda: False, lambda tokens: told.extend(t for _, ids in tokens for t in ids))
+    assert len(told) == 8
+    assert [len(ids) for _, ids in result.tokens] == [1]
+    same = hand_on(tiny)
+    same.whole(0, [5, 6, 7], max_tokens=30, params=SamplingParams(ignore_eos=True))
+    same.step(at_most=9)
+    assert same.out[0] == [*hand.out[0], *told, *result.tokens[0][1]]
+
+
 @pytest.mark.parametrize("at_most", [2, 5, 64])
 def test_several_steps_at_once_are_single_steps(tiny: LoadedModel, at_most: int) -> None:
     hands = [hand_on(tiny), hand_on(tiny)]
