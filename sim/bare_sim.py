@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from engine.scenario import flat, load
+from engine.scenario import load
 from engine.service.replicas import share_cores
 from sim import runs, sale
 from sim.desk.report import write_report
@@ -48,10 +48,3 @@ def bare_sim(
     card = {"scenario": f"{scenario.name}, profile {profile}, seed {seed}", "calibration": " · ".join(describe(costs))}
     write_report(folder, view, None, None, card)
     return view.summary, run_table(view.summary), folder
-
-
-def config_lines(name: str, sets: tuple[str, ...]) -> list[str]:
-    """Every value and its origin."""
-    resolved = load(name, sets)
-    origins = resolved.origins
-    return [f"{key} = {value!r}    # {origins.get(key, 'default')}" for key, value in flat(resolved.scenario).items()]

@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 
 from engine.errors import DoorbusterError
+from engine.scenario import Resolved
+from engine.scenario import load as load_scenario
 
 app = typer.Typer(
     name="doorbuster", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -55,6 +57,11 @@ def emit(value: Any) -> None:
 
 def _sets(sets: list[str] | None, *more: str) -> tuple[str, ...]:
     return (*(sets or ()), *more)
+
+
+def _load(scenario: str, sets: list[str] | None) -> Resolved:
+    """The scenario, read before anything heavy is imported: a mistake is told at once."""
+    return load_scenario(scenario, _sets(sets))
 
 
 @app.command()
@@ -106,6 +113,7 @@ def load(
     json: Json = False,
 ) -> None:
     """Open-loop load on a running engine; latencies count from the scheduled instant."""
+    _load(scenario, sets)
     from sim.bare_load import bare_load
 
     summary, table, where = bare_load(scenario, _sets(sets), url, key, rate, profile, seed)
@@ -129,12 +137,16 @@ def sim(
     json: Json = False,
 ) -> None:
     """One sale in the twin: seconds instead of minutes."""
-    from sim.bare_sim import bare_sim, config_lines
-
+    resolved = _load(scenario, sets)
     if show_config:
-        for line in config_lines(scenario, _sets(sets)):
+        from engine.scenario import flat
+
+        for name, value in flat(resolved.scenario).items():
+            line = f"{name} = {value!r}    # {resolved.origins.get(name, 'default')}"
             out.print(line, markup=False, soft_wrap=True)
         return
+    from sim.bare_sim import bare_sim
+
     summary, table, where = bare_sim(scenario, _sets(sets), profile, rate, seed, calibration, foreign, say)
     if json:
         emit(summary)
@@ -151,12 +163,11 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Measure what a step costs on this machine; about 45 s."""
-    from engine.scenario import load as load_scenario
+    resolved = _load(scenario, sets)
     from sim.twin import cost
     from sim.twin.calibrate import calibrate as measure
     from sim.twin.calibrate import describe
 
-    resolved = load_scenario(scenario, _sets(sets))
     found = measure(resolved.scenario, say)
     path = out_file or cost.default_path(resolved.scenario.model.name)
     cost.save(found, path)
@@ -211,6 +222,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """One flash sale on a real model, live and in the twin, with a report of both: about five minutes."""
+    _load(scenario, sets)
     from sim.demo_cli import demo_cli
 
     ok = demo_cli(scenario, _sets(sets), profile or "demo", seed, recalibrate, json, say, emit, out)

@@ -249,7 +249,7 @@ def test_a_window_without_observations_is_judged_by_the_next_one() -> None:
 def test_of_equal_calls_the_first_class_of_the_configuration_is_named() -> None:
     for names in (["search", "chat"], ["chat", "search"]):
         overload = Overload(CONFIG, CLASSES)
-        change = overload.observe(0, {name: -1300 * MS_NS for name in names})
+        change = overload.observe(0, dict.fromkeys(names, -1300 * MS_NS))
         assert change == LevelChange(0, 2, "chat", 1300 * MS_NS)
 
 

@@ -21,15 +21,17 @@ from sim.desk.summary import Summary, summarise, verdict
 
 EVIL = "<script>alert('x')</script>"
 EVIL_CLASS = '"><img src=http://evil.example/x onerror=alert(1)>'
+EVIL_CRITICAL = "<i>pay</i>"
 SALE = Scenario(
     name="flash-sale",
     classes={
         "checkout": ClassConfig(criticality="critical", caches="none"),
         "question": ClassConfig(criticality="standard"),
+        EVIL_CRITICAL: ClassConfig(criticality="critical"),
         EVIL_CLASS: ClassConfig(criticality="sheddable", fallback="tips.txt"),
     },
 )
-LEVELS = level_frame([LevelRecord(3 * S_NS, 3), LevelRecord(8 * S_NS, 0)], 12 * S_NS)
+LEVELS = level_frame([LevelRecord(3_500_000_000, 3), LevelRecord(8 * S_NS, 0)], 12 * S_NS)
 CARD = {"revision": "1a2b3c", "CPU": "Some <fast> one", EVIL: EVIL}
 VOID = {"meta", "img", "br", "hr", "link", "input", "use", "path"}
 
@@ -148,7 +150,7 @@ def test_ids_are_unique_and_every_reference_finds_its_own(text, page):
 
 
 def test_a_name_cannot_become_markup(text, page):
-    assert EVIL not in text and EVIL_CLASS not in text and "<img" not in text
+    assert not any(bad in text for bad in (EVIL, EVIL_CLASS, EVIL_CRITICAL, "<img", "<i>"))
     assert [attrs.get("type") for attrs in page.of("script")] == ["application/json"]
     assert page.of("img") == []
     assert f"{EVIL}" in page.text("dd") and EVIL in page.text("dt")  # it is there, as text
@@ -178,9 +180,10 @@ def test_the_verdict_comes_first(text, page, both):
 
 def test_a_verdict_of_no_says_so(both, tmp_path):
     live = both[0]
-    judged = verdict(live.frame, level_frame([], S_NS), SALE)
+    judged = verdict(live.frame[live.frame["traffic_class"] != EVIL_CRITICAL], level_frame([], S_NS), SALE)
     read = Page(write_report(tmp_path, live, None, judged, CARD).read_text())
     assert page_mood(read) == "no" and read.text("h1")[0].startswith("The sale did not hold: the overload level")
+    assert f"{EVIL_CRITICAL} (critical) had no request" in read.text("h1")[0] and read.of("i") == []
     assert "✗" in read.text("b")
 
 
