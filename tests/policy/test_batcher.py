@@ -69,6 +69,16 @@ def test_a_step_shares_a_prefix_that_it_is_only_computing() -> None:
     assert step.shape.prefill_tokens == 7 + 1
 
 
+def test_a_conversation_that_goes_on_finds_its_own_answer() -> None:
+    world = world_of()
+    world.submit([1] * 4, 8, endless=True)
+    world.finish()
+    [(_, said)] = world.finished
+    second = world.submit([*said, 9, 9])
+    world.finish()
+    assert world.endings[second].cached_tokens == 9, "11 of the 12 tokens were computed: three full blocks"
+
+
 # ---------------------------------------------------------------- critical waits for one step at most
 
 

@@ -113,8 +113,8 @@ def wander(world: ReplicaWorld, seed: int, steps: int, crowd: int, drain_at: int
             ask(
                 world, family=r.randrange(4), question=r.randrange(3), length=r.randrange(1, 15),
                 tenant=r.choice("aab"), follow_up=r.randrange(24), max_tokens=r.randrange(1, 13),
-                priority=r.choice([0, 1, 1, 2, 2]), pinned_blocks=r.choice([0, 0, 2]), late_ns=r.choice([0, 0, 0, 5_000]),
-                within_ns=r.choice([0, 0, 0, 10_000]), endless=r.randrange(2),
+                priority=r.choice([0, 1, 1, 2, 2]), pinned_blocks=r.choice([0, 0, 2]),
+                late_ns=r.choice([0, 0, 0, 5_000]), within_ns=r.choice([0, 0, 0, 10_000]), endless=r.randrange(2),
             )
         if r.random() < 0.15:
             world.abort(r.choice([*world.open] if world.open and r.random() < 0.9 else range(world.submitted + 2)))
