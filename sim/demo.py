@@ -19,6 +19,7 @@ from sim.desk.capacity import WANTED, Bench, caches_off
 from sim.desk.frames import requests_frame
 from sim.desk.progress import Progress
 from sim.desk.report import RunView, write_report
+from sim.desk.series import turned_away
 from sim.desk.summary import Verdict, good, verdict
 from sim.live import drive, live_engine
 from sim.loadgen import Seen
@@ -51,6 +52,7 @@ class DemoResult(msgspec.Struct, frozen=True):
     expected_deflection: float
     live: RunView
     twin: RunView
+    lost: pd.DataFrame  # by class and reason, live and twin
     verdict: Verdict
     replays: list[Replayed]
     lateness: str
@@ -99,13 +101,15 @@ def run(
     replays = [replay(path) for path in journals]
     lap("replay")
     result = verdict(live.frame, live.levels, scenario)
+    lost = turned_away(live.frame, twin.frame, list(scenario.classes))
     report = write_report(
         folder, live, twin, result, card(resolved, profile, seed, calibration, capacity, base_rps, seen),
-        {"Replay of the journals": replay_table(replays, folder)},
+        {"Not served by the model or a cache, by class and reason": lost,
+         "Replay of the journals": replay_table(replays, folder)},
     )
     lap("report")
     return DemoResult(
-        folder, capacity, base_rps, deflection, live, twin, result, replays, sale.lateness(seen), report, seconds
+        folder, capacity, base_rps, deflection, live, twin, lost, result, replays, sale.lateness(seen), report, seconds
     )
 
 

@@ -16,7 +16,7 @@ from engine.service.replicas import share_cores
 from engine.units import S_NS, format_ns
 from sim import demo
 from sim.desk.summary import Summary
-from sim.desk.tables import demo_table
+from sim.desk.tables import demo_table, frame_table
 from sim.twin import cost
 from sim.twin.calibrate import calibrate, describe
 from sim.twin.cost import Calibration
@@ -61,6 +61,8 @@ def demo_cli(
         ))
     else:
         out.print(demo_table(result.live.summary, result.twin.summary))
+        out.print("not served by the model or a cache, by class and reason")
+        out.print(frame_table(result.lost))
         for line in result.verdict.lines:
             out.print(line, markup=False, soft_wrap=True)
         for replayed in result.replays:

@@ -143,3 +143,28 @@ def _waiting(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     held = (queue > 0) | equals(frame["tier"], "model") | seen_first
     waited = queue.where(held, frame["e2e_ns"].fillna(0)).where(frame["replica"].notna(), 0)
     return frame["arrived_ns"].to_numpy(dtype="int64"), waited.to_numpy(dtype="int64")
+
+
+def turned_away(live: pd.DataFrame, twin: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
+    """``class what reason live twin``: rejected, failed, cancelled, or answered by the fallback, counted by reason.
+
+    A class that lost nobody has a row that says so.
+    """
+    columns = ["class", "what", "reason", "live", "twin"]
+    counts = {who: _lost_by_reason(frame) for who, frame in (("live", live), ("twin", twin))}
+    keys = sorted({key for found in counts.values() for key in found})
+    quiet = [(name, "none", "") for name in classes if name not in {key[0] for key in keys}]
+    order = sorted([*keys, *quiet], key=lambda key: (classes.index(key[0]) if key[0] in classes else len(classes), key))
+    rows = [(*key, counts["live"].get(key, 0), counts["twin"].get(key, 0)) for key in order]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _lost_by_reason(frame: pd.DataFrame) -> dict[tuple[str, str, str], int]:
+    fell_back = equals(frame["tier"], "fallback")
+    mine = frame[fell_back | ~equals(frame["outcome"], "served")]
+    what = mine["outcome"].where(~fell_back[mine.index], "fallback")
+    reason = mine["error_code"].fillna("unknown")
+    counts: dict[tuple[str, str, str], int] = {}
+    for key in zip(mine["traffic_class"].astype(str), what.astype(str), reason.astype(str), strict=True):
+        counts[key] = counts.get(key, 0) + 1
+    return counts

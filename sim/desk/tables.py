@@ -17,6 +17,8 @@ from rich.text import Text
 from engine.units import MS_NS, format_ns
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sim.desk.summary import Quantiles, Summary
 
 NONE = "–"
@@ -151,6 +153,14 @@ def _latency_table(pair: Pair) -> Table:
             times = [milliseconds(None if q is None else getattr(q, point)) for point in POINTS for q in found]
             table.add_row(Text(f"{what} {name}"), *counts, *times)
         table.add_section()
+    return table
+
+
+def frame_table(frame: pd.DataFrame) -> Table:
+    """Any small frame as a table: first column to the left, the rest to the right."""
+    table = _table(str(frame.columns[0]), *map(str, frame.columns[1:]))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text(str(value)) for value in row))
     return table
 
 

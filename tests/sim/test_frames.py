@@ -152,6 +152,11 @@ def test_a_run_never_overwrites_a_run(tmp_path):
     assert (tmp_path / "ledger" / "records.ndjson").read_bytes() == before
 
 
+def test_a_ledger_that_the_engine_wrote_is_left_alone(tmp_path):
+    write_run(tmp_path, requests_frame([record("a", 1)]), None, S_NS)
+    assert not (tmp_path / "ledger").exists() and read_run(tmp_path).records == []
+
+
 def test_a_torn_last_record_is_cut_and_damage_before_it_is_an_error(tmp_path):
     records = [record("a", 1), record("b", 2)]
     write_run(tmp_path, requests_frame(records), records, S_NS)

@@ -23,7 +23,7 @@ EVIL = "<script>alert('x')</script>"
 EVIL_CLASS = '"><img src=http://evil.example/x onerror=alert(1)>'
 EVIL_CRITICAL = "<i>pay</i>"
 SALE = Scenario(
-    name="flash-sale",
+    name="flash</title>-sale",
     classes={
         "checkout": ClassConfig(criticality="critical", caches="none"),
         "question": ClassConfig(criticality="standard"),
@@ -162,7 +162,7 @@ def test_a_name_cannot_become_markup(text, page):
 
 def test_the_frame_of_the_page(page):
     assert page.of("html") == [{"lang": "en"}]
-    assert page.text("title") == ["flash-sale live, seed 7 · doorbuster report"]
+    assert page.text("title") == ["flash</title>-sale live, seed 7 · doorbuster report"]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
     order = [tag for tag, _ in page.tags if tag in ("h1", "h2", "dl", "table", "svg")]
     assert order[:5] == ["h1", "h2", "dl", "h2", "table"]
@@ -233,6 +233,9 @@ def test_the_tables_under_the_figures_hold_what_is_drawn(both, text):
     low, high = interval.removesuffix(" ms").split(" ms to ")
     assert float(low) < served.median() < float(high)
     assert [row[:2] for row in grid(tiers)[1:]][:2] == [["checkout", "live"], ["checkout", "twin"]]
+    asked = live.frame[live.frame["traffic_class"] == "question"]
+    counts = [str((asked["outcome"] == outcome).sum()) for outcome in ("served", "rejected")]  # served: by the model
+    assert grid(tiers)[3] == ["question", "live", *["0"] * 5, *counts]
     assert len(grid(slowest)) == 11
     assert float(grid(slowest)[1][-1]) == pytest.approx(live.frame["e2e_ns"].max() / MS_NS, abs=0.1)
 

@@ -4,6 +4,7 @@ import io
 import json
 
 import msgspec
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from engine.config import ClassConfig, Scenario
 from engine.events import LevelRecord, RequestRecord
 from engine.units import MS_NS, S_NS
 from sim.desk.frames import level_frame, requests_frame
+from sim.desk.series import turned_away
 from sim.desk.summary import Summary, demo_table, summarise, verdict
 from sim.desk.tables import by_class, class_rows, overall, run_table
 
@@ -172,6 +174,7 @@ def test_the_demo_table_fits_100_columns_and_says_what_matters():
     assert rows["checkout"][1:7] == ["253", "3", "253", "3", "0", "0"]
     assert " ".join(rows["TTFT checkout"][2:]) == "253 3 225.0 ms 1.00 s 338.4 ms 1.00 s 348.5 ms –"
     assert rows["e2e all"][2:4] == ["260", "10"]
+    assert "wrong hits" not in text  # nothing was labelled
 
 
 def test_a_class_name_is_no_markup():
@@ -258,3 +261,17 @@ def test_level_2_and_one_shed_request_are_enough():
 def test_a_scenario_without_a_critical_class_cannot_hold():
     only = Scenario(name="x", classes={"tips": SALE.classes["tips"]})
     assert "no: the scenario has no critical class" in judged(HELD, scenario=only).lines
+
+
+def test_turned_away_counts_by_class_and_reason() -> None:
+    """Mutation: fallbacks counted as served; a class that lost nobody left out."""
+    rows = [
+        ("a", "served", "model", None), ("a", "rejected", None, "overloaded"),
+        ("b", "served", "fallback", "overloaded"), ("b", "served", "exact", None), ("b", "cancelled", None, None),
+    ]
+    live = pd.DataFrame(rows, columns=["traffic_class", "outcome", "tier", "error_code"]).astype("string")
+    found = turned_away(live, live[:1], ["c", "a", "b"])
+    assert found.to_numpy().tolist() == [
+        ["c", "none", "", 0, 0], ["a", "rejected", "overloaded", 1, 0],
+        ["b", "cancelled", "unknown", 1, 0], ["b", "fallback", "overloaded", 1, 0],
+    ]
