@@ -267,6 +267,35 @@ def test_a_sequence_that_gave_nan_leaves_nothing_to_be_found() -> None:
     assert world.endings[good].cached_tokens == 0
 
 
+def test_a_system_prompt_is_pinned_from_its_first_prefill_until_nobody_asks() -> None:
+    world = quiet(blocks=24, pinned=2, ttl_s=1e-3)
+    system = [1] * (2 * SIZE)
+    world.submit([*system, 5], pinned_blocks=2)
+    world.turn()
+    assert world.machine.stats().prefix.pinned == 2
+    for n in range(6):
+        world.submit([10 + n] * 40, pinned_blocks=1)  # a flood, with pins of its own beyond the cap
+    world.finish()
+    world.now_ns = 900_000
+    again = world.submit([*system, 6], pinned_blocks=2)
+    world.finish()
+    assert world.endings[again].cached_tokens == 2 * SIZE
+    world.now_ns = 1_800_000  # renewed at 900,000
+    world.turn()
+    assert world.machine.stats().prefix.pinned == 2
+    world.now_ns = 2_000_000
+    world.turn()
+    assert world.machine.stats().prefix.pinned == 0
+
+
+def test_a_failed_step_pins_nothing() -> None:
+    world = quiet(blocks=20, pinned=2)
+    world.submit([1] * 7, pinned_blocks=2)
+    world.turn(fault="step")
+    assert world.machine.stats().prefix.pinned == 0
+    world.finish()
+
+
 def test_fresh_machines_repeat_a_trace_action_by_action() -> None:
     config = shape(slots=4, blocks=30)
     world = ReplicaWorld(config)

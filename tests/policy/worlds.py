@@ -71,6 +71,7 @@ class Asked:
     cached_tokens: int = 0
     computed_tokens: int = 0
     preemptions: int = 0
+    preempted_at: int = -1  # step
 
     @property
     def sid(self) -> int:
@@ -209,8 +210,12 @@ class ReplicaWorld:
     def _apply(self, step: RunStep, before: dict[int, list[int]]) -> None:
         self.step = step
         assert step.step == self.steps, "step: counted without gaps"
+        ran = self._running()
         victims = self._stop(step.stop)
         self._start(step)
+        back = [asked.rank for asked in ran if asked.preempted_at == self.steps]
+        kept = [asked.rank for asked in ran if asked.preempted_at != self.steps]
+        assert not back or not kept or min(back) > max(kept), "preemption: the least important pay"
         for grow in step.grow:
             asked = self.open[grow.sid]
             assert asked.running and asked.decoding, "grow: a decode row that goes on"
@@ -234,6 +239,7 @@ class ReplicaWorld:
                 self.counts["preempted " + ("decode" if asked.decoding else "prefill")] += 1
                 asked.running = asked.decoding = False
                 asked.preemptions += 1
+                asked.preempted_at = self.steps
                 asked.computed, asked.table = 0, []
         return victims
 
