@@ -172,7 +172,10 @@ class WorkloadConfig(Section):
     """Who asks what, and how often."""
 
     corpus: str = "questions.csv"  # below data/corpora
-    zipf_exponent: NonNegativeFloat = 1.0  # popularity of questions inside a class
+    traps: str = "traps.csv"  # below data/corpora; "" = none
+    trap_share: Share = 0.02  # of a class's requests: look like a popular question, must not get its answer
+    zipf_exponent: NonNegativeFloat = 1.0  # popularity of answers inside a class
+    wording_exponent: NonNegativeFloat = 1.5  # of the wordings of one question: most people use the same words
     spike_factor: PositiveFloat = 4.0  # plateau over base: +300 %
     base_rate_rps: NonNegativeFloat = 0.0  # 0 = from the measured capacity and overload_factor
     overload_factor: PositiveFloat = 2.0  # plateau = so many times the capacity, counted after the caches

@@ -20,6 +20,7 @@ from engine.scenario import data_path
 from engine.service.facts import FactMaker
 from engine.units import s_to_ns
 from sim.twin.payments import payment
+from sim.twin.stall import Question, Stall
 from sim.twin.system import TwinArrival
 
 BYTES_PER_TOKEN = 4  # of answer text: what the twin charges the exact cache
@@ -27,7 +28,10 @@ STREAMS = ("arrivals", "classes", "questions", "popularity", "payments")
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
-    """One request, as a client will send it at ``at_ns`` from the start of the sale."""
+    """One request, as a client will send it at ``at_ns`` from the start of the sale.
+
+    ``label`` says which answer it should get: two requests may share one only if their labels are equal.
+    """
 
     request_id: str
     at_ns: int
@@ -35,15 +39,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     traffic_class: str
     intent: str
     text: str
-
-
-class Question(msgspec.Struct, frozen=True, gc=False):
-    """A row of the corpus."""
-
-    question_id: str
-    traffic_class: str
-    intent: str
-    text: str
+    label: str = ""
+    trap: bool = False
 
 
 def sale_rate(profile: ProfileConfig, base_rps: float, factor: float) -> Callable[[float], float]:
@@ -69,11 +66,11 @@ def build(
 ) -> list[Request]:
     """All requests of ``duration_s`` seconds; ``peak_rps`` bounds ``rate``."""
     streams = {name: np.random.default_rng([seed, index]) for index, name in enumerate(STREAMS)}
-    questions = read_corpus(scenario)
+    corpus = read_corpus(scenario)
     products = [row["product"] for row in _rows("products.csv")]
     names = list(scenario.classes)
     shares = np.array([scenario.classes[name].share for name in names])
-    chances = {name: _popularity(questions.get(name, []), scenario, streams["popularity"]) for name in names}
+    stalls = {n: Stall(corpus[n], scenario.workload, streams["popularity"]) for n in names if n in corpus}
     out: list[Request] = []
     at_s = 0.0
     while True:
@@ -83,14 +80,16 @@ def build(
         if streams["arrivals"].random() * peak_rps > rate(at_s):
             continue
         name = names[int(streams["classes"].choice(len(names), p=shares))]
-        draw = streams["questions"].random()
+        draws = streams["questions"].random(3)
         number = len(out)
-        if questions.get(name):
-            question = questions[name][int(np.searchsorted(chances[name], draw))]
-            intent, text = question.intent, question.text
+        request_id, tenant = f"{prefix}{number:06d}", scenario.classes[name].tenant
+        if name in stalls:
+            q = stalls[name].pick(*draws.tolist())
+            ask = Request(request_id, s_to_ns(at_s), tenant, name, q.intent, q.text, q.answer_id, q.trap)
         else:
-            intent, text = "payment", payment(streams["payments"], products, number)
-        out.append(Request(f"{prefix}{number:06d}", s_to_ns(at_s), scenario.classes[name].tenant, name, intent, text))
+            text = payment(streams["payments"], products, number)
+            ask = Request(request_id, s_to_ns(at_s), tenant, name, "payment", text, request_id)
+        out.append(ask)
 
 
 def flash_sale(scenario: Scenario, profile_name: str, base_rps: float, seed: int) -> list[Request]:
@@ -132,11 +131,12 @@ def twin_arrivals(
 
 
 def read_corpus(scenario: Scenario) -> dict[str, list[Question]]:
-    """Questions by traffic class."""
+    """Questions and traps by traffic class."""
     out: dict[str, list[Question]] = {}
-    for row in _rows(scenario.workload.corpus):
-        question = msgspec.convert(row, Question)
-        out.setdefault(question.traffic_class, []).append(question)
+    for name, trap in ((scenario.workload.corpus, False), (scenario.workload.traps, True)):
+        for row in _rows(name) if name else ():
+            question = Question(row["traffic_class"], row["intent"], row["answer_id"], row["text"], trap)
+            out.setdefault(question.traffic_class, []).append(question)
     return out
 
 
@@ -147,10 +147,3 @@ def _rows(name: str) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
     except OSError as error:
         raise ScenarioError("the corpus cannot be read", where=str(path), why=str(error)) from None
-
-
-def _popularity(questions: list[Question], scenario: Scenario, rng: np.random.Generator) -> np.ndarray:
-    """Cumulative chances: Zipf over a random order of the questions."""
-    weights = 1 / np.arange(1, len(questions) + 1) ** scenario.workload.zipf_exponent
-    chances = np.cumsum(rng.permutation(weights))
-    return chances / chances[-1] if len(chances) else chances

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
 from engine.policy.replica import Replica
-from tests.policy.worlds import NEVER_NS, ReplicaWorld
+from tests.policy.worlds import NEVER_NS, ReplicaWorld, digest_of, replayed_elsewhere
 
 SIZE = 3  # tokens a block: small, so that borders, full blocks and rests all come often
 
@@ -296,9 +296,10 @@ def test_a_failed_step_pins_nothing() -> None:
     world.finish()
 
 
-def test_fresh_machines_repeat_a_trace_action_by_action() -> None:
+def test_the_same_events_give_the_same_actions_whatever_the_hash_seed() -> None:
     config = shape(slots=4, blocks=30)
     world = ReplicaWorld(config)
     wander(world, 3, 250, crowd=14)
     again = Replica(config)
     assert all(again.handle(now_ns, event) == actions for now_ns, event, actions in world.journal)
+    assert {replayed_elsewhere(Replica, config, world.journal, seed) for seed in (1, 2)} == {digest_of(world.journal)}

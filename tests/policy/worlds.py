@@ -8,10 +8,15 @@ own books; the prefix cache is only asked what it finds (``match``) and what it 
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 from msgspec.structs import replace
 
 from engine.config import ReplicaConfig
@@ -526,3 +531,38 @@ class ReplicaWorld:
             waiting=tuple(Waiting(name, len(sent), min(sent)) for name, sent in sorted(unseen.items())),
             queued_tokens=queued, free_blocks=self._available(self._running()),
         )
+
+
+# ---------------------------------------------------------------- the same journal in another process
+
+AGAIN = """
+import hashlib, sys
+import msgspec
+from engine import config, events
+from {module} import {name}
+kind = tuple[config.{name}Config, list[tuple[int, events.{name}Event]]]
+settings, journal = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=kind)
+machine, digest = {name}(settings), hashlib.sha256()
+for now_ns, event in journal:
+    digest.update(msgspec.msgpack.encode(machine.handle(now_ns, event)))
+print(digest.hexdigest())
+"""
+
+
+def digest_of(journal: list) -> str:
+    """Of all actions, in order."""
+    digest = hashlib.sha256()
+    for _, _, actions in journal:
+        digest.update(msgspec.msgpack.encode(actions))
+    return digest.hexdigest()
+
+
+def replayed_elsewhere(machine: type, config: msgspec.Struct, journal: list, hash_seed: int) -> str:
+    """The digest that a fresh machine gives in a process of its own, where strings hash otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN.format(module=machine.__module__, name=machine.__name__)],
+        input=msgspec.msgpack.encode((config, [(now_ns, event) for now_ns, event, _ in journal])),
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, check=True,
+    )
+    return done.stdout.decode().strip()

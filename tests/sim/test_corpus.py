@@ -37,11 +37,13 @@ def repeated_skeletons(texts: list[str], mask: re.Pattern[str]) -> list[str]:
 
 PRODUCTS = [row["product"] for row in read_rows("products.csv")]
 QUESTIONS = read_rows("questions.csv")
+TRAPS = read_rows("traps.csv")
+ANSWERS = {row["answer_id"]: row["answer"] for row in read_rows("answers.csv")}
 MASK = mask_of(PRODUCTS)
 
 
 def test_skeletons_are_unique() -> None:
-    assert repeated_skeletons([row["text"] for row in QUESTIONS], MASK) == []
+    assert repeated_skeletons([row["text"] for row in QUESTIONS + TRAPS], MASK) == []
 
 
 def test_no_question_is_another_with_few_words_exchanged() -> None:
@@ -63,10 +65,41 @@ def test_skeleton_flags_a_pair_that_differs_in_the_product_only() -> None:
 
 
 def test_counts_classes_and_ids() -> None:
-    assert len(QUESTIONS) >= 300
-    assert len({row["intent"] for row in QUESTIONS}) >= 40
+    assert len(QUESTIONS) >= 1500
+    assert len({row["intent"] for row in QUESTIONS}) >= 60
     assert {row["traffic_class"] for row in QUESTIONS} == set(WORDS)
-    assert [row["question_id"] for row in QUESTIONS] == [f"q{at:04d}" for at in range(1, len(QUESTIONS) + 1)]
+    ids = [row["question_id"] for row in QUESTIONS] + [row["trap_id"] for row in TRAPS]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_answer_has_several_wordings_of_one_intent() -> None:
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in QUESTIONS:
+        groups.setdefault(row["answer_id"], []).append(row)
+    assert min(len(rows) for rows in groups.values()) >= 2
+    assert all(len({(row["intent"], row["traffic_class"]) for row in rows}) == 1 for rows in groups.values())
+    for rows in groups.values():
+        products = {frozenset(found.lower() for found in MASK.findall(row["text"])) for row in rows}
+        assert len(products) == 1, f"{rows[0]['answer_id']}: one wording names a product that another does not"
+
+
+def test_traps_look_like_their_question_and_have_another_answer() -> None:
+    by_id = {row["question_id"]: row for row in QUESTIONS}
+    assert len(TRAPS) >= 120
+    kinds = Counter(row["kind"] for row in TRAPS)
+    assert set(kinds) == {"negation", "number", "product", "date", "opposite"}
+    assert min(kinds.values()) >= 20
+    for trap in TRAPS:
+        seed = by_id[trap["question_id"]]
+        assert (trap["traffic_class"], trap["intent"]) == (seed["traffic_class"], seed["intent"])
+        assert ANSWERS[trap["answer_id"]] != ANSWERS[seed["answer_id"]]
+
+
+def test_all_answers_are_there_and_differ() -> None:
+    named = {row["answer_id"] for row in QUESTIONS + TRAPS}
+    assert named == set(ANSWERS)
+    assert len(set(ANSWERS.values())) == len(ANSWERS)
+    assert all(6 <= len(answer.split()) <= 36 for answer in ANSWERS.values())
 
 
 def test_an_intent_belongs_to_one_class_and_has_several_questions() -> None:

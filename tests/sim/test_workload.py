@@ -47,11 +47,23 @@ def test_mix_and_popularity() -> None:
     share = Counter(r.traffic_class for r in requests)
     for name, cls in SCENARIO.classes.items():
         assert share[name] / len(requests) == pytest.approx(cls.share, abs=0.015)
-    asked = Counter(r.text for r in requests if r.traffic_class == "product_qa")
-    size = len(read_corpus(SCENARIO)["product_qa"])
+    mine = [r for r in requests if r.traffic_class == "product_qa"]
+    asked = Counter(r.label for r in mine if not r.trap)
+    size = len({q.answer_id for q in read_corpus(SCENARIO)["product_qa"] if not q.trap})
     harmonic = sum(1 / k for k in range(1, size + 1))
-    (_, most), total = asked.most_common(1)[0], asked.total()
+    (label, most), total = asked.most_common(1)[0], asked.total()
     assert most / total == pytest.approx(1 / harmonic, rel=0.15), "Zipf with exponent one: the first of n gets 1 / H(n)"
+    wordings = Counter(r.text for r in mine if r.label == label)
+    assert len(wordings) >= 2
+    assert 0.5 < wordings.most_common(1)[0][1] / wordings.total() < 0.75
+    assert sum(r.trap for r in mine) / len(mine) == pytest.approx(SCENARIO.workload.trap_share, abs=0.008)
+
+
+def test_equal_labels_are_equal_answers() -> None:
+    by_text: dict[str, set[str]] = {}
+    for r in steady(SCENARIO, 100.0, 60.0, seed=6):
+        by_text.setdefault(r.text, set()).add(r.label)
+    assert all(len(labels) == 1 for labels in by_text.values())
 
 
 def test_same_seed_same_sale_and_streams_are_apart() -> None:
@@ -61,6 +73,7 @@ def test_same_seed_same_sale_and_streams_are_apart() -> None:
     flat = msgspec.structs.replace(SCENARIO.workload, zipf_exponent=0.0)
     other = flash_sale(msgspec.structs.replace(SCENARIO, workload=flat), "ci", 9.0, 7)
     assert [(r.at_ns, r.traffic_class) for r in first] == [(r.at_ns, r.traffic_class) for r in other]
+    assert [r.text for r in first if r.intent == "payment"] == [r.text for r in other if r.intent == "payment"]
     assert [r.text for r in first] != [r.text for r in other]
 
 
