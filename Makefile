@@ -10,7 +10,7 @@ RUN    := OMP_WAIT_POLICY=PASSIVE $(BIN)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt .ci/setup
 	@sh .ci/setup "$(PYTHON)" "$(VENV)"
 	@touch $(STAMP)
 

@@ -35,7 +35,8 @@ class Arrive(Struct):
     prompt_tokens: int
     max_tokens: int
     exact_key: bytes = b""  # digest of tenant scope, model, parameters, conversation; b"" = never answer from a cache
-    text_key: bytes = b""  # digest of the last user turn, for FindSimilar
+    hard_key: bytes = b""  # the same without the question: what must be equal before similarity counts
+    text_key: bytes = b""  # digest of the only user turn; b"" = several turns, or none: not for FindSimilar
     blocks: tuple[bytes, ...] = ()  # hash chain over the prompt's full KV blocks, tagged with the tenant
     pinned_blocks: int = 0  # how many leading blocks are the class's own system prompt
 
@@ -46,12 +47,19 @@ class Cancel(Struct):
     rid: int
 
 
+class Neighbour(Struct):
+    """An answered question and its cosine to the one asked."""
+
+    text_key: bytes
+    cosine_millionths: int
+
+
 class Similar(Struct):
-    """Answer to FindSimilar: nearest entry and its cosine in millionths; ``None`` when there is none or no time."""
+    """Answer to FindSimilar: nearest first. All but "ok" are misses; "late" and "failed" speak of the encoder."""
 
     rid: int
-    answer_id: str | None = None
-    cosine_millionths: int = 0
+    neighbours: tuple[Neighbour, ...] = ()
+    status: Literal["ok", "late", "failed", "unfit"] = "ok"  # unfit: too long to have a vector
 
 
 class Drain(Struct):
@@ -220,9 +228,25 @@ class Plan(Struct):
 
 
 class FindSimilar(Struct):
-    """Look up the nearest answered question; waits for Similar."""
+    """Look up the nearest answered questions under the same hard key; waits for Similar."""
 
     rid: int
+    hard_key: bytes
+    text_key: bytes
+    at_most: int
+
+
+class StoreVector(Struct):
+    """From now on this question, whose vector FindSimilar brought, can be found under its keys."""
+
+    hard_key: bytes
+    text_key: bytes
+
+
+class DropVector(Struct):
+    """From now on it cannot."""
+
+    hard_key: bytes
     text_key: bytes
 
 
@@ -286,6 +310,7 @@ class RequestRecord(Struct):
     ttft_ns: int | None = None
     e2e_ns: int = 0
     cosine_millionths: int | None = None
+    source: str = ""  # the request that computed the answer, where another did
     preemptions: int = 0
     replica: int | None = None
     answer_id: str = ""
@@ -307,6 +332,7 @@ class Record(Struct):
 
 
 GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | Cancel | Wake | Drain
-GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | StoreAnswer | DropAnswer | Record
+Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector
+GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Upkeep | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake
 ReplicaAction = RunStep | FirstToken | Ended | Pressure

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -67,10 +67,7 @@ def load(name: str, sets: tuple[str, ...] = ()) -> Resolved:
     try:
         scenario = msgspec.convert(tree, Scenario, strict=False)
     except msgspec.ValidationError as error:
-        key = _key_of(str(error))
-        where = origins.get(key, "file")
-        place = f"{path}:{_line(text, key)}" if where == "file" else where
-        raise ScenarioError(f"{key or 'scenario'}: {str(error).split(' - at')[0]}", where=place) from None
+        raise _explained(tree, origins, path, text, str(error)) from None
     _check_sense(scenario, path)
     return Resolved(scenario, origins, str(path), text)
 
@@ -126,13 +123,59 @@ def _check_keys(tree: dict[str, Any], kind: type[Section], at: str, path: Path, 
                 why=f"known here: {', '.join(sorted(hints))}", fix=_near(key, list(hints)).strip(" ;") or "remove it",
             )
         hint = hints[key]
-        inner = getattr(hint, "__args__", (None, None))[-1] if getattr(hint, "__origin__", None) is dict else None
-        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, Section):
+        inner = get_args(hint)[-1] if get_origin(hint) is dict else None
+        if isinstance(value, dict) and _is_section(inner):
             for child, body in value.items():
                 if isinstance(body, dict):
                     _check_keys(body, inner, f"{name}.{child}", path, text)
-        elif isinstance(value, dict) and isinstance(hint, type) and issubclass(hint, Section):
+        elif isinstance(value, dict) and _is_section(hint):
             _check_keys(value, hint, name, path, text)
+
+
+def _explained(tree: dict[str, Any], origins: dict[str, str], path: Path, text: str, said: str) -> ScenarioError:
+    """msgspec does not say which class or profile it means; this finds the first value that does not fit."""
+    key, complaint, fix = _mistake(tree, Scenario, "") or ("", said, "")
+    below = {origin for name, origin in origins.items() if name.startswith(f"{key}.")}
+    below = {origins[key]} if key in origins else below
+    if below and "file" not in below:
+        return ScenarioError(f"{key}: {complaint}", where=sorted(below)[0], fix=fix)
+    line = _line(text, key) if key else None
+    return ScenarioError(f"{key or 'scenario'}: {complaint}", where=f"{path}:{line}" if line else str(path), fix=fix)
+
+
+def _mistake(tree: dict[str, Any], kind: type[Section], at: str) -> tuple[str, str, str] | None:
+    """Key, complaint and fix of the first value below ``at`` that does not fit, or None."""
+    for key, hint in get_type_hints(kind, include_extras=True).items():
+        if key not in tree:
+            continue
+        value, name = tree[key], f"{at}.{key}" if at else key
+        inner = get_args(hint)[-1] if get_origin(hint) is dict else None
+        try:
+            msgspec.convert(value, hint, strict=False)
+        except msgspec.ValidationError as error:
+            if isinstance(value, dict) and _is_section(hint):
+                return _mistake(value, hint, name)
+            if isinstance(value, dict) and _is_section(inner):
+                for child, body in value.items():
+                    if not isinstance(body, dict):
+                        return f"{name}.{child}", "Expected a section of keys", ""
+                    if found := _mistake(body, inner, f"{name}.{child}"):
+                        others = [other for other in value if other != child]
+                        if found[0] == f"{name}.{child}" and others:  # the section itself: its name may be mistyped
+                            return found[0], found[1], f"there are: {', '.join(others)}{_near(child, others)}"
+                        return found
+            if get_origin(hint) is Literal:
+                return name, f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}", ""
+            return name, str(error).split(" - at")[0], ""
+    try:
+        msgspec.convert(tree, kind, strict=False)
+    except msgspec.ValidationError as error:  # a key is missing
+        return at, str(error).split(" - at")[0], ""
+    return None
+
+
+def _is_section(hint: Any) -> TypeGuard[type[Section]]:
+    return isinstance(hint, type) and issubclass(hint, Section)
 
 
 def _check_sense(scenario: Scenario, path: Path) -> None:
@@ -166,11 +209,6 @@ def _check_sense(scenario: Scenario, path: Path) -> None:
 def _near(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _key_of(message: str) -> str:
-    found = re.search(r"at `\$\.?(.*?)`", message)
-    return found.group(1).replace("[...]", "") if found else ""
 
 
 def _line(text: str, dotted: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,12 +18,13 @@ from sim.desk.frames import level_frame, requests_frame, write_run
 from sim.desk.progress import Progress
 from sim.desk.summary import Summary, summarise
 from sim.desk.tables import run_table
-from sim.loadgen import Seen, play
+from sim.loadgen import Seen, late_warning, play
 from sim.twin.workload import flash_sale, profile_of
 
 
 def bare_load(
-    name: str, sets: tuple[str, ...], url: str, key: str, rate_rps: float | None, profile: str | None, seed: int | None
+    name: str, sets: tuple[str, ...], url: str, key: str, rate_rps: float | None, profile: str | None,
+    seed: int | None, say: Callable[[str], None],
 ) -> tuple[Summary, Table, Path]:
     """Summary, table, run folder."""
     resolved = load(name, sets)
@@ -41,6 +43,8 @@ def bare_load(
     keys = {cls.tenant: key for cls in scenario.classes.values()}
     with Progress("load", len(requests), "requests", budget_s=shape.duration_s) as progress:
         seen = asyncio.run(play(url, keys, requests, progress.update))
+    if late := late_warning(seen):
+        say(late)
     folder = runs.create(resolved, "load")
     frame = client_frame(seen)
     end_ns = max(s_to_ns(shape.duration_s), int((frame["arrived_ns"] + frame["e2e_ns"].fillna(0)).max()))

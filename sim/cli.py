@@ -5,6 +5,8 @@ Exit codes: 0 good, 1 failed, 2 wrong usage, 3 it ran and the verdict is "no", 1
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch can be imported by anything below
@@ -17,7 +19,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from engine.errors import DoorbusterError
+from engine.errors import DoorbusterError, ScenarioError, UserError
 from engine.scenario import Resolved
 from engine.scenario import load as load_scenario
 
@@ -32,10 +34,20 @@ app.add_typer(keys_app, name="keys")
 Scenario = Annotated[str, typer.Argument(help="a name below data/scenarios, or a TOML file")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one value")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
-Seed = Annotated[int | None, typer.Option(help="of the workload; the scenario's own by default")]
+Seed = Annotated[int | None, typer.Option(min=0, help="of the workload; the scenario's own by default")]
 Profile = Annotated[
     str | None, typer.Option(envvar="DOORBUSTER_PROFILE", help="shape of the sale: one of workload.profiles")
 ]
+MOST_RPS = 1e4  # beyond it the list of requests alone would fill the memory
+
+
+def _rate(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and 0 < value <= MOST_RPS):
+        raise typer.BadParameter(f"{value:g} is no rate: give requests per second, above 0 and up to {MOST_RPS:g}")
+    return value
+
+
+Rate = Annotated[float | None, typer.Option(callback=_rate, help="base rate in requests per second")]
 Foreign = Annotated[
     bool, typer.Option("--accept-foreign-calibration", help="use a calibration that was measured elsewhere")
 ]
@@ -61,10 +73,22 @@ def _sets(sets: list[str] | None, *more: str) -> tuple[str, ...]:
 
 def _load(scenario: str, sets: list[str] | None) -> Resolved:
     """The scenario, read before anything heavy is imported: a mistake is told at once."""
-    return load_scenario(scenario, _sets(sets))
+    found = load_scenario(scenario, _sets(sets))
+    if found.scenario.seed < 0:
+        raise ScenarioError(f"seed: {found.scenario.seed} is below 0", where=found.origins.get("seed", found.path))
+    return found
 
 
-@app.command()
+def _load_sale(scenario: str, sets: list[str] | None, profile: str | None) -> Resolved:
+    """The same for a verb that plays a sale: a wrong profile is told before anything is measured or written."""
+    found = _load(scenario, sets)
+    from sim.twin.workload import profile_of
+
+    profile_of(found.scenario, profile or "demo")
+    return found
+
+
+@app.command(short_help="Is everything here that a run needs?")
 def doctor(scenario: Scenario = "flash-sale", json: Json = False) -> None:
     """Is everything here that a run needs? A fix under each failure."""
     from sim.doctor import examine
@@ -81,7 +105,7 @@ def doctor(scenario: Scenario = "flash-sale", json: Json = False) -> None:
     raise typer.Exit(1 if any(check.ok is False for check in checks) else 0)
 
 
-@app.command()
+@app.command(short_help="The live engine: an OpenAI-compatible server.")
 def serve(
     scenario: Scenario = "flash-sale",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
@@ -101,22 +125,22 @@ def serve(
     serve_until_stopped(scenario, _sets(sets, *more), host, port, keys, folder, json, say, emit)
 
 
-@app.command()
+@app.command(short_help="Open-loop load on a running engine.")
 def load(
     scenario: Scenario = "flash-sale",
     url: Annotated[str, typer.Option(help="a running engine, as `serve` prints it")] = "http://127.0.0.1:8077",
     key: Annotated[str, typer.Option(envvar="DOORBUSTER_API_KEY", help="API key, used for all classes")] = "",
-    rate: Annotated[float | None, typer.Option(help="base rate in requests per second")] = None,
+    rate: Rate = None,
     profile: Profile = None,
     seed: Seed = None,
     sets: Sets = None,
     json: Json = False,
 ) -> None:
     """Open-loop load on a running engine; latencies count from the scheduled instant."""
-    _load(scenario, sets)
+    _load_sale(scenario, sets, profile)
     from sim.bare_load import bare_load
 
-    summary, table, where = bare_load(scenario, _sets(sets), url, key, rate, profile, seed)
+    summary, table, where = bare_load(scenario, _sets(sets), url, key, rate, profile, seed, say)
     if json:
         emit(summary)
     else:
@@ -124,11 +148,11 @@ def load(
     say(f"run folder {where}")
 
 
-@app.command()
+@app.command(short_help="One sale in the twin: seconds instead of minutes.")
 def sim(
     scenario: Scenario = "flash-sale",
     profile: Profile = None,
-    rate: Annotated[float | None, typer.Option(help="base rate in requests per second")] = None,
+    rate: Rate = None,
     seed: Seed = None,
     calibration: CalibrationFile = None,
     foreign: Foreign = False,
@@ -136,8 +160,12 @@ def sim(
     sets: Sets = None,
     json: Json = False,
 ) -> None:
-    """One sale in the twin: seconds instead of minutes."""
-    resolved = _load(scenario, sets)
+    """One sale in the twin: seconds instead of minutes.
+
+    Without --rate the load is sized to the scenario as it stands in the file, whatever --set changes of the engine;
+    --set workload.… and model.… change the load too.
+    """
+    resolved = _load_sale(scenario, sets, profile)
     if show_config:
         from engine.scenario import flat
 
@@ -155,7 +183,7 @@ def sim(
     say(f"run folder {where}, report {where / 'report.html'}")
 
 
-@app.command()
+@app.command(short_help="Measure what a step costs on this machine; 45 s.")
 def calibrate(
     scenario: Scenario = "flash-sale",
     out_file: Annotated[Path | None, typer.Option("--out", help="where to write; the cache folder by default")] = None,
@@ -165,8 +193,8 @@ def calibrate(
     """Measure what a step costs on this machine; about 45 s."""
     resolved = _load(scenario, sets)
     from sim.twin import cost
+    from sim.twin.calibrate import busy_words, describe
     from sim.twin.calibrate import calibrate as measure
-    from sim.twin.calibrate import describe
 
     found = measure(resolved.scenario, say)
     path = out_file or cost.default_path(resolved.scenario.model.name)
@@ -176,20 +204,37 @@ def calibrate(
     else:
         for line in describe(found):
             out.print(line, markup=False, soft_wrap=True)
+    for line in busy_words(found):
+        say(line)
     say(f"written {path}")
 
 
-@app.command()
+@app.command(short_help="Two runs of the same arrivals, and a verdict.")
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="a run folder, as a rule live; the comparison is measured by it")],
+    run_b: Annotated[Path | None, typer.Argument(help="the other run; by default the twin in a demo's folder")] = None,
+    floor: Annotated[Path | None, typer.Option(help="a second live run of the same arrivals")] = None,
+    json: Json = False,
+) -> None:
+    """Two runs of the same arrivals, request by request: decisions, latencies, a verdict against pass marks."""
+    from sim.compare_cli import compare_cli
+
+    raise typer.Exit(0 if compare_cli(run_a, run_b, floor, json, say, emit, out) else 3)
+
+
+@app.command(short_help="A journal through fresh machines: is it the same?")
 def replay(
     journal: Annotated[Path, typer.Argument(help="a journal file, or a run folder")],
     sets: Sets = None,
     json: Json = False,
 ) -> None:
-    """A journal's events through fresh machines: the same actions, or the first record that differs."""
-    from sim.twin.replay import journals_of
-    from sim.twin.replay import replay as rerun
+    """A journal's events through fresh machines: the same actions, or the first record that differs.
 
-    results = [rerun(path, _sets(sets)) for path in journals_of(journal)]
+    Of a run folder, all journals are replayed, its twin's too; each --set goes to those that have its section.
+    """
+    from sim.twin.replay import replay_all
+
+    results = replay_all(journal, _sets(sets))
     if json:
         emit(results[0] if len(results) == 1 else results)
     for result in results if not json else []:
@@ -204,7 +249,7 @@ def replay(
     raise typer.Exit(0 if all(result.identical for result in results) else 3)
 
 
-@app.command()
+@app.command(short_help="Write report.html of a run again.")
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write report.html of a run again: one file that opens offline."""
     from sim.again import report_again
@@ -212,7 +257,7 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     out.print(str(report_again(run)), markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(short_help="One flash sale, live and in the twin; about 5 minutes.")
 def demo(
     scenario: Scenario = "flash-sale",
     profile: Profile = None,
@@ -222,7 +267,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """One flash sale on a real model, live and in the twin, with a report of both: about five minutes."""
-    _load(scenario, sets)
+    _load_sale(scenario, sets, profile)
     from sim.demo_cli import demo_cli
 
     ok = demo_cli(scenario, _sets(sets), profile or "demo", seed, recalibrate, json, say, emit, out)
@@ -233,8 +278,15 @@ def demo(
 def keys_new(
     name: Annotated[str, typer.Argument(help="the tenant")],
     classes: Annotated[list[str] | None, typer.Option("--class", help="a traffic class; all by default")] = None,
+    scenario: Annotated[str, typer.Option(help="whose classes --class may name")] = "flash-sale",
 ) -> None:
     """Print a key once, and the stanza for the key file."""
+    known = list(_load(scenario, None).scenario.classes) if classes else []
+    for wanted in classes or ():
+        if wanted not in known:
+            close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+            fix = f"did you mean {close[0]}?" if close else "--scenario FILE, if it is another scenario's"
+            raise UserError(f"no traffic class {wanted!r}", scenario, f"the scenario has: {', '.join(known)}", fix)
     from engine.service.auth import new_key
 
     key, stanza = new_key(name, classes or ())

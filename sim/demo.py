@@ -7,30 +7,37 @@ journals, judge. What is there is kept when a stage fails or is interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 import pandas as pd
 
+from engine.errors import JournalError
 from engine.scenario import Resolved, load
+from engine.units import s_to_ns
 from sim import runs, sale
-from sim.desk.capacity import WANTED, Bench, caches_off
+from sim.desk.capacity import WANTED, Bench, caches_off, wilson
 from sim.desk.frames import requests_frame
 from sim.desk.progress import Progress
 from sim.desk.report import RunView, write_report
 from sim.desk.series import turned_away
 from sim.desk.summary import Verdict, good, verdict
 from sim.live import drive, live_engine
-from sim.loadgen import Seen
+from sim.loadgen import Seen, late_warning
 from sim.twin.calibrate import describe
 from sim.twin.cost import Calibration
-from sim.twin.replay import Replayed, replay
+from sim.twin.replay import Replayed, journals_of, replay
+from sim.twin.steps import cost_error, outside_words
 from sim.twin.workload import Request, flash_sale, profile_of, steady
 
+CARD = "card.json"  # of the run folder: the report's environment card, for `doorbuster report`
+LOST = "Not served by the model or a cache, by class and reason"
 CONFIRM_S = 20.0
-CONFIRM_TRIES = 2
-STEP_DOWN = 0.85  # of the rate, when the live engine does not confirm it
+CONFIRM_REQUESTS = 100  # fewer, and a single late answer decides
+CONFIRM_TRIES = 3
+CONFIRM_BUDGET_S = 130.0  # no further try that would not fit: the whole demo is to take six minutes at most
+STEP_DOWN = 0.88  # of the rate, when the live engine does not confirm it
 
 
 class Capacity(msgspec.Struct, frozen=True):
@@ -41,6 +48,13 @@ class Capacity(msgspec.Struct, frozen=True):
     attainment: float  # live, at live_rps
     requests: int
     confirmed: bool
+    low: float  # 95 % interval of the attainment
+    high: float
+
+    def __str__(self) -> str:
+        word = "confirmed" if self.confirmed else "NOT confirmed"
+        return (f"{self.live_rps:.2f}/s, {word} live: {self.attainment:.1%} of {self.requests} within their SLO "
+                f"(95 % interval {self.low:.1%} to {self.high:.1%}); the twin said {self.twin_rps:.2f}/s")
 
 
 class DemoResult(msgspec.Struct, frozen=True):
@@ -49,13 +63,12 @@ class DemoResult(msgspec.Struct, frozen=True):
     folder: Path
     capacity: Capacity | None
     base_rps: float
-    expected_deflection: float
     live: RunView
     twin: RunView
     lost: pd.DataFrame  # by class and reason, live and twin
     verdict: Verdict
     replays: list[Replayed]
-    lateness: str
+    remarks: list[str]  # lines for people, when all is done
     report: Path
     seconds: dict[str, float]
 
@@ -80,7 +93,7 @@ def run(
 
     bench = sale.make_bench(resolved, calibration)
     capacity: Capacity | None = None
-    base_rps, deflection = scenario.workload.base_rate_rps, 0.0
+    base_rps = scenario.workload.base_rate_rps
     if not base_rps:
         capacity = find_capacity(bench, resolved, sets, seed, folder / "capacity", say)
         base_rps, deflection = bench.base_rate_rps(capacity.live_rps, profile, seed)
@@ -97,20 +110,23 @@ def run(
     twin = sale.twin_sale(bench, resolved, requests, shape.duration_s, seed, folder / "twin")
     lap("twin")
 
-    journals = sorted((folder / "journal").glob("*.ndjson")) + sorted((folder / "twin" / "journal").glob("*.ndjson"))
-    replays = [replay(path) for path in journals]
+    replays = [replay(path) for path in journals_of(folder)]
     lap("replay")
     result = verdict(live.frame, live.levels, scenario)
     lost = turned_away(live.frame, twin.frame, list(scenario.classes))
-    report = write_report(
-        folder, live, twin, result, card(resolved, profile, seed, calibration, capacity, base_rps, seen),
-        {"Not served by the model or a cache, by class and reason": lost,
-         "Replay of the journals": replay_table(replays, folder)},
-    )
+    outside = outside_words(calibration, folder / "twin" / "journal" / "replica-0.ndjson")
+    errors = str(cost_error(calibration, folder / "journal" / "replica-0.ndjson"))
+    rows = card(resolved, profile, seed, calibration, capacity, base_rps, seen)
+    rows |= {"outside the range": outside, "step cost error, live": errors}
+    runs.write_json(folder / CARD, rows)
+    report = write_report(folder, live, twin, result, rows, extra_tables(live, twin, replay_table(replays, folder)))
     lap("report")
-    return DemoResult(
-        folder, capacity, base_rps, deflection, live, twin, lost, result, replays, sale.lateness(seen), report, seconds
-    )
+    remarks = [
+        *([] if capacity is None else [f"capacity {capacity}"]),
+        f"load generator lateness: {sale.lateness(seen)}", *filter(None, [late_warning(seen)]),
+        f"step cost error on the live run: {errors}", outside,
+    ]
+    return DemoResult(folder, capacity, base_rps, live, twin, lost, result, replays, remarks, report, seconds)
 
 
 def find_capacity(
@@ -121,28 +137,52 @@ def find_capacity(
     say(f"capacity   the twin finds {twin_rps:.2f}/s within the SLO, response caches off; asking the live engine")
     bare = caches_off(resolved.scenario)
     off = tuple(f'classes.{name}.caches="none"' for name in bare.classes)
-    rate = twin_rps
-    attained, count = 0.0, 0
     with live_engine(resolved, (*sets, *off), folder) as engine:
-        for attempt in range(CONFIRM_TRIES):
-            requests = steady(bare, rate, CONFIRM_S, seed + attempt)
+
+        def ask(rate_rps: float, duration_s: float, attempt: int) -> tuple[int, int]:
+            requests = confirming(steady(bare, rate_rps, 2 * duration_s, seed + attempt), duration_s)
             with Progress("capacity", len(requests), "requests") as progress:
                 seen = drive(engine, requests, bare.model.threads, progress.update)
-            attained, count = attainment(seen, resolved), len(seen)
-            say(f"capacity   live at {rate:.2f}/s: {attained:.1%} of {count} within their SLO")
-            if attained >= WANTED:
-                break
-            if attempt + 1 < CONFIRM_TRIES:
-                rate *= STEP_DOWN
-    return Capacity(twin_rps, rate, attained, count, attained >= WANTED)
+            return within_slo(seen, resolved), len(seen)
+
+        return confirm(twin_rps, ask, say)
 
 
-def attainment(seen: list[Seen], resolved: Resolved) -> float:
-    """Share of the requests that clients saw answered within their class's SLO."""
+def confirming(requests: list[Request], duration_s: float) -> list[Request]:
+    """Those of the first ``duration_s`` seconds, and more if they are too few to judge by."""
+    within = sum(r.at_ns < s_to_ns(duration_s) for r in requests)
+    return requests[: max(within, CONFIRM_REQUESTS)]
+
+
+def confirm(
+    twin_rps: float, ask: Callable[[float, float, int], tuple[int, int]], say: Callable[[str], None]
+) -> Capacity:
+    """Ask the live engine at the twin's rate, then lower: ``ask(rate, seconds, attempt)`` says (within SLO, of all)."""
+    rate, spent_s, attempt = twin_rps, 0.0, 0
+    while True:
+        duration_s = max(CONFIRM_S, CONFIRM_REQUESTS / rate)
+        good_ones, count = ask(rate, duration_s, attempt)
+        attained = good_ones / count if count else 0.0
+        low, high = wilson(good_ones, count) if count else (0.0, 1.0)
+        enough = attained >= WANTED
+        say(f"capacity   live at {rate:.2f}/s: {attained:.1%} of {count} within their SLO (95 % interval {low:.1%} to "
+            f"{high:.1%}; wanted {WANTED:.0%}): {'confirmed' if enough else 'NOT confirmed'}")
+        attempt, spent_s = attempt + 1, spent_s + duration_s
+        next_s = max(CONFIRM_S, CONFIRM_REQUESTS / (rate * STEP_DOWN))
+        if enough or attempt == CONFIRM_TRIES or spent_s + next_s > CONFIRM_BUDGET_S:
+            return Capacity(twin_rps, rate, attained, count, enough, low, high)
+        rate *= STEP_DOWN
+
+
+def within_slo(seen: list[Seen], resolved: Resolved) -> int:
+    """How many requests their clients saw answered, whole, within their class's SLO."""
+    if not seen:
+        return 0
     rows = pd.DataFrame([msgspec.to_builtins(s) for s in seen])
     frame = requests_frame([], rows.assign(tenant="", scheduled_ns=rows["scheduled_ns"] - rows["scheduled_ns"].min()))
-    frame["outcome"] = (rows["status"] == 200).map({True: "served", False: "rejected"}).astype("string").to_numpy()
-    return float(good(frame, resolved.scenario.classes).mean())
+    whole = rows.set_index("request_id")["status"].eq(200) & rows.set_index("request_id")["error_code"].isna()
+    frame["outcome"] = frame["request_id"].map(whole).map({True: "served", False: "rejected"}).astype("string")
+    return int(good(frame, resolved.scenario.classes).sum())
 
 
 def answer_lengths(
@@ -160,6 +200,12 @@ def answer_lengths(
     return by_text, by_request
 
 
+def extra_tables(live: RunView, twin: RunView, replays: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """What a demo's report shows below the figures."""
+    lost = turned_away(live.frame, twin.frame, list(live.scenario.classes))
+    return {LOST: lost, "Replay of the journals": replays}
+
+
 def replay_table(replays: list[Replayed], folder: Path) -> pd.DataFrame:
     """One row a journal."""
     return pd.DataFrame(
@@ -169,6 +215,18 @@ def replay_table(replays: list[Replayed], folder: Path) -> pd.DataFrame:
             "identical": ["yes" if r.identical else f"no, first at record {r.events}" for r in replays],
         }
     )
+
+
+def replay_again(folder: Path) -> pd.DataFrame:
+    """The same of a folder that was left some time ago; a journal that this version cannot read is said to be one."""
+    rows: list[dict[str, object]] = []
+    for path in journals_of(folder):
+        try:
+            rows += replay_table([replay(path)], folder).to_dict("records")
+        except (JournalError, msgspec.ValidationError) as error:
+            words = error.what if isinstance(error, JournalError) else str(error)
+            rows.append({"journal": str(path.relative_to(folder)), "events": 0, "identical": f"cannot tell: {words}"})
+    return pd.DataFrame(rows)
 
 
 def card(
@@ -187,9 +245,5 @@ def card(
         "load generator": "lateness " + sale.lateness(seen),
     }
     if capacity is not None:
-        how = "confirmed" if capacity.confirmed else "NOT confirmed"
-        rows["capacity"] = (
-            f"{capacity.live_rps:.2f}/s, {how} live: {capacity.attainment:.1%} of {capacity.requests} within their SLO "
-            f"(the twin said {capacity.twin_rps:.2f}/s)"
-        )
+        rows["capacity"] = str(capacity)
     return rows

@@ -12,13 +12,12 @@ from rich.console import Console
 from engine.errors import CalibrationError
 from engine.model.folder import cache_dir, prepare
 from engine.scenario import load
-from engine.service.replicas import share_cores
 from engine.units import S_NS, format_ns
 from sim import demo
 from sim.desk.summary import Summary
 from sim.desk.tables import demo_table, frame_table
 from sim.twin import cost
-from sim.twin.calibrate import calibrate, describe
+from sim.twin.calibrate import busy_words, calibrate, describe
 from sim.twin.cost import Calibration
 
 
@@ -46,7 +45,8 @@ def demo_cli(
     cache = cache_dir()
     empty = not cache.is_dir() or not any(cache.iterdir())
     say(f"cache      {cache} ({'empty' if empty else 'not empty'})")
-    prepare(resolved.scenario.model.name, say)
+    if resolved.scenario.model.name != cost.FAKE:
+        prepare(resolved.scenario.model.name, say)
     model_s = time.monotonic() - began
     calibration = _calibration(resolved.scenario, recalibrate, say)
     calibration_s = time.monotonic() - began - model_s
@@ -68,7 +68,8 @@ def demo_cli(
         for replayed in result.replays:
             word = "identical" if replayed.identical else "DIFFERS"
             out.print(f"replay {word}: {replayed.events} events of {replayed.journal}", markup=False, soft_wrap=True)
-    say(f"load generator lateness: {result.lateness}")
+    for remark in result.remarks:
+        say(remark)
     say("times: " + ", ".join(f"{stage} {format_ns(s * S_NS)}" for stage, s in seconds.items()))
     say(f"report {result.report}")
     return ok
@@ -76,16 +77,16 @@ def demo_cli(
 
 def _calibration(scenario: Any, recalibrate: bool, say: Callable[[str], None]) -> Calibration:
     path = cost.default_path(scenario.model.name)
-    _, _, threads = share_cores(scenario.model.threads)
-    if not recalibrate:
+    if scenario.model.name == cost.FAKE or not recalibrate:
         try:
-            found = cost.load_for(path, threads, scenario.model.name)
-            say(f"calibration {path}, measured {found.measured_at}; --recalibrate measures again")
+            found = cost.for_model(scenario.model, say=say)
+            where = f"of {found.model}" if scenario.model.name == cost.FAKE else path
+            say(f"calibration {where}, measured {found.measured_at}; --recalibrate measures again")
             return found
         except CalibrationError as error:
             say(f"calibration {error.what}; measuring now, about 45 s")
     found = calibrate(scenario, say)
     cost.save(found, path)
-    for line in describe(found):
+    for line in (*describe(found), *busy_words(found)):
         say(line)
     return found

@@ -115,10 +115,11 @@ def _port() -> Check:
 
 def _calibration(name: str) -> Check:
     scenario = load(name).scenario
-    path = cost.default_path(scenario.model.name)
-    _, _, threads = share_cores(scenario.model.threads)
     try:
-        found = cost.load_for(path, threads, scenario.model.name)
+        found = cost.for_model(scenario.model)
     except CalibrationError as error:
         return Check("calibration", None, error.what, error.fix)
-    return Check("calibration", True, f"{path}, measured {found.measured_at}")
+    told = f"{found.model}, measured {found.measured_at} on {found.machine.cpu}"
+    if doubts := found.doubts():
+        return Check("calibration", None, f"{told}; doubtful: {'; '.join(doubts)}", "doorbuster calibrate")
+    return Check("calibration", True, told)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from engine.scenario import Resolved
 from engine.service.auth import new_key
 from engine.service.replicas import share_cores
 from sim.loadgen import Seen, play
+from sim.serve import PARENT
 from sim.twin.workload import Request
 
 STOP_TIMEOUT_S = 40.0
@@ -46,7 +46,9 @@ def live_engine(resolved: Resolved, sets: tuple[str, ...], folder: Path) -> Iter
         sys.executable, "-m", "sim.cli", "serve", resolved.path, "--port", "0", "--json", "--folder", str(folder),
         "--keys", str(folder / "keys.toml"), *(part for item in sets for part in ("--set", item)),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    # a session of its own: a Ctrl-C at the terminal is for us alone, and it hears one SIGTERM of ours
+    env = {**os.environ, PARENT: str(os.getpid())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, start_new_session=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -55,15 +57,25 @@ def live_engine(resolved: Resolved, sets: tuple[str, ...], folder: Path) -> Iter
         ready = msgspec.json.decode(line)
         yield LiveEngine(ready["url"], keys, ready["epoch_ns"], ready["pid"])
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-        (folder / "keys.toml").unlink(missing_ok=True)
+            _stop(process)
+        finally:
+            process.stdout.close()
+            (folder / "keys.toml").unlink(missing_ok=True)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Drained; at once, its files flushed, when the person at the keyboard loses patience."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait(STOP_TIMEOUT_S)
+        raise
 
 
 def drive(engine: LiveEngine, requests: list[Request], threads: int, on_done: Callable[[int], None]) -> list[Seen]:

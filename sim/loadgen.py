@@ -15,10 +15,13 @@ import httpx
 import msgspec
 
 from engine.errors import UserError
-from engine.units import S_NS
+from engine.units import MS_NS, S_NS, format_ns
 from sim.twin.workload import Request
 
 TIMEOUT_S = 60.0
+GARBLED = "garbled_answer"  # not what the API promises
+CUT_OFF = "cut_off"  # a stream that ended without its last word
+LATE_NS = 50 * MS_NS  # at p99; beyond it latencies say as much about the generator as about the engine
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):
@@ -29,7 +32,7 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
     intent: str
     scheduled_ns: int  # on the machine's monotonic clock
     lateness_ns: int
-    status: int  # 0 = no answer at all
+    status: int  # 0 = no answer at all; a 200 with an error code is a stream that broke off
     ttft_ns: int | None = None
     e2e_ns: int | None = None
     tier: str | None = None
@@ -68,6 +71,17 @@ async def play(
         return list(await asyncio.gather(*tasks))
 
 
+def late_warning(seen: list[Seen]) -> str:
+    """One line if the generator itself was late; "" if it was on time."""
+    late_ns = sorted(s.lateness_ns for s in seen)
+    p99_ns = late_ns[min(len(late_ns) - 1, round(0.99 * len(late_ns)))] if late_ns else 0
+    if p99_ns <= LATE_NS:
+        return ""
+    late = f"{format_ns(p99_ns)} at p99 (more than {format_ns(LATE_NS)})"
+    return (f"warning: the load generator was late itself, {late}: "
+            "latencies count from the scheduled instant and hold that too; give it a core of its own, or a lower rate")
+
+
 async def _one(client: httpx.AsyncClient, key: str, request: Request, due_ns: int) -> Seen:
     headers = {
         "authorization": f"Bearer {key}",
@@ -89,7 +103,11 @@ async def _one(client: httpx.AsyncClient, key: str, request: Request, due_ns: in
         async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             return await _read(response, due_ns, seen)
     except httpx.HTTPError as error:
-        return Seen(**seen, status=0, error_code=type(error).__name__, e2e_ns=time.monotonic_ns() - due_ns)
+        why = type(error).__name__
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError):
+        why = GARBLED
+    seen.setdefault("status", 0)  # a break after the headers keeps the status that they brought
+    return Seen(**seen, error_code=why, e2e_ns=time.monotonic_ns() - due_ns)
 
 
 async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> Seen:
@@ -107,8 +125,10 @@ async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> 
     ttft_ns: int | None = None
     failure: str | None = None
     usage: dict[str, Any] = {}
+    whole = False
     async for line in response.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
+            whole = whole or line == "data: [DONE]"
             continue
         chunk = msgspec.json.decode(line[6:])
         if "error" in chunk:
@@ -117,6 +137,8 @@ async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> 
         choices = chunk.get("choices") or [{}]
         if ttft_ns is None and (choices[0].get("delta") or {}).get("content"):
             ttft_ns = time.monotonic_ns() - due_ns
+    if not whole and failure is None:
+        failure = CUT_OFF
     end_ns = time.monotonic_ns() - due_ns
     return Seen(
         **seen, ttft_ns=end_ns if ttft_ns is None else ttft_ns, e2e_ns=end_ns, error_code=failure,

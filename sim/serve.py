@@ -1,14 +1,15 @@
-"""``doorbuster serve``: start, say where, wait for a signal, drain."""
+"""``doorbuster serve``: start, say where, wait for a signal or the replica's death, drain."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import uvloop
@@ -18,11 +19,15 @@ from engine.model.stepcost import StepCost
 from engine.scenario import Resolved, data_path, load
 from engine.service.auth import KeyRing
 from engine.service.replicas import share_cores
-from engine.service.server import ServeOptions, running
+from engine.service.server import RunningEngine, ServeOptions, running
 from sim import runs
 from sim.twin import cost
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PARENT = "DOORBUSTER_PARENT"  # environment: drain and stop when the process with this id is no longer the parent
+OURS = ("journal", "ledger")  # what the engine writes below a run folder
+
+End = Literal["never ready", "stopped", "lost"]
 
 
 class ReadyLine(msgspec.Struct, frozen=True):
@@ -40,44 +45,111 @@ def serve_until_stopped(
     scenario: str, sets: tuple[str, ...], host: str, port: int, keys: Path | None, folder: Path | None, json: bool,
     say: Callable[[str], None], emit: Callable[[Any], None],
 ) -> None:
-    """Blocks until SIGINT or SIGTERM; a second one ends it at once."""
+    """Blocks until SIGINT or SIGTERM; a second one ends it at once. Raises when the replica dies."""
     resolved = load(scenario, sets)
+    if resolved.scenario.replicas != 1:
+        raise UserError(
+            f"replicas is {resolved.scenario.replicas}, and the live engine runs one replica so far",
+            where=resolved.origins.get("replicas", resolved.path), fix="--set replicas=1    (the twin can run more)",
+        )
     ring, key = _ring(keys, host, resolved)
-    if folder is None:
-        folder = runs.create(resolved, "serve")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        runs.fill(folder, resolved)
-    options = ServeOptions(host=host, port=port, folder=folder, fake_cost=_fake_cost(resolved))
+    fake_cost = _fake_cost(resolved)
+    given, folder = folder, _run_folder(resolved, folder)
+    options = ServeOptions(host=host, port=port, folder=folder, fake_cost=fake_cost)
     say(f"starting {resolved.scenario.model.name}; journal and ledger in {folder}")
-    uvloop.run(_serve(resolved, ring, key, options, json, say))
+    end: End | None = None
+    try:
+        end = uvloop.run(_serve(resolved, ring, key, options, json, say))
+    finally:
+        if end in (None, "never ready"):
+            _clear(folder, whole=given is None)
+    if end == "never ready":
+        sys.exit(130)
+    if end == "lost":
+        raise UserError(
+            "the replica process died", why="what it was working on was answered with an error; the rest is drained",
+            fix="start again; under a supervisor, restart on exit code 1",
+        )
 
 
 async def _serve(
     resolved: Resolved, ring: KeyRing, key: str | None, options: ServeOptions, json: bool, say: Callable[[str], None]
-) -> None:
+) -> End:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    starting = asyncio.current_task()
+    engine: RunningEngine | None = None
 
     def on_signal() -> None:
         if stop.is_set():
-            say("second signal: leaving at once")
-            sys.stdout.flush()
-            os._exit(130)
+            try:
+                say("second signal: leaving at once")
+                sys.stdout.flush()
+                if engine is not None:
+                    engine.flush()
+            finally:
+                os._exit(130)
         stop.set()
+        if engine is None and starting is not None:
+            starting.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    async with running(resolved.scenario, ring, options) as engine:
-        ready = ReadyLine(engine.url, key, os.getpid(), engine.epoch_ns, str(options.folder))
-        if json:
-            sys.stdout.buffer.write(msgspec.json.encode(ready) + b"\n")
-            sys.stdout.buffer.flush()
-        else:
-            say(_welcome(engine.url, key, resolved))
-        await stop.wait()
-        say("draining: no new work, finishing what runs")
-        await engine.drain()
+    try:
+        async with running(resolved.scenario, ring, options) as engine:
+            ready = ReadyLine(engine.url, key, os.getpid(), engine.epoch_ns, str(options.folder))
+            if json:
+                sys.stdout.buffer.write(msgspec.json.encode(ready) + b"\n")
+                sys.stdout.buffer.flush()
+            else:
+                say(_welcome(engine.url, key, resolved))
+            await _first(stop.wait(), engine.lost.wait(), _left_alone())
+            say("draining: no new work, finishing what runs")
+            await engine.drain()
+            return "lost" if engine.lost.is_set() else "stopped"
+    except asyncio.CancelledError:
+        if engine is not None:
+            raise
+        say("stopped before it was ready")
+        return "never ready"
+
+
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+async def _left_alone() -> None:
+    """A program that started this for itself has died, and nobody would ever stop it."""
+    parent = os.environ.get(PARENT)
+    while not parent or os.getppid() == int(parent):
+        await asyncio.sleep(1.0)
+
+
+def _run_folder(resolved: Resolved, given: Path | None) -> Path:
+    """A new folder, or the given one if no run has used it."""
+    if given is None:
+        return runs.create(resolved, "serve")
+    used = [name for name in OURS if (given / name).exists()]
+    if used:
+        raise UserError(
+            "this folder holds a run already", where=str(given), why=f"it has {' and '.join(used)}",
+            fix="name a new --folder, or leave it out",
+        )
+    try:
+        given.mkdir(parents=True, exist_ok=True)
+        runs.fill(given, resolved)
+    except OSError as error:
+        raise UserError("cannot use this run folder", where=str(given), why=error.strerror or str(error)) from None
+    return given
+
+
+def _clear(folder: Path, whole: bool) -> None:
+    """A start that failed leaves no run: neither a folder that it made nor its own part of a given one."""
+    for path in [folder] if whole else [folder / name for name in OURS]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _welcome(url: str, key: str | None, resolved: Resolved) -> str:

@@ -81,6 +81,35 @@ def test_mistakes_on_the_command_line_are_not_blamed_on_the_file(tmp_path: Path)
     assert "ttl_s" in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("item", "what", "fix"),
+    [
+        ("classes.hlep.share=0.1", "classes.hlep: Object missing required field `criticality`", "did you mean help?"),
+        ("classes.help.criticality=urgent", "classes.help.criticality: 'urgent' is not one of critical, standard", ""),
+        ("classes.help=3", "classes.help: Expected a section", ""),
+        ("model.device=gpu", "model.device: 'gpu' is not one of auto, cpu, cuda", ""),
+        ("model=3", "model: Expected `object`", ""),
+        ("workload.profiles.ci.base_s=-1", "workload.profiles.ci.base_s: Expected `float` > 0.0", ""),
+        ("seed=x", "seed: Expected `int`", ""),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_to_the_last_key(tmp_path: Path, item: str, what: str, fix: str) -> None:
+    profile = "[workload.profiles.ci]\nbase_s = 1\nramp_s = 1\nplateau_s = 1\ndecay_s = 1\n"
+    name = write(tmp_path, MINIMAL + profile + '[model]\nname = "fake"\n')
+    with pytest.raises(ScenarioError) as caught:
+        load(name, (item,))
+    assert what in caught.value.what
+    assert caught.value.where == "--set"
+    assert fix in caught.value.fix
+
+
+def test_a_class_that_lacks_a_key_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError) as caught:
+        load(write(tmp_path, MINIMAL + "[classes.more]\nshare = 0.0\n"))
+    assert "classes.more: Object missing required field" in caught.value.what
+    assert caught.value.where.endswith("s.toml:5")
+
+
 def test_a_misspelt_scenario_names_the_nearest() -> None:
     with pytest.raises(ScenarioError) as caught:
         find("flash-sail")

@@ -17,9 +17,11 @@ import msgspec
 from engine.config import GatewayConfig, ReplicaConfig
 from engine.errors import JournalError
 from engine.events import GatewayAction, GatewayEvent, ReplicaAction, ReplicaEvent
+from engine.units import MS_NS
 
 VERSION = 1
 FLUSH_BYTES = 1 << 16
+FLUSH_NS = 200 * MS_NS  # a killed process loses no more than this
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -52,15 +54,23 @@ class ReplicaEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class JournalWriter:
-    """Appends; buffered, flushed by size and on close."""
+    """Appends; buffered, flushed by size, every ``FLUSH_NS`` of the writer's own time, and on close.
+
+    Time passes only with a write: who falls silent calls ``flush``.
+    """
 
     def __init__(
         self, path: Path, kind: Literal["gateway", "replica"], config: GatewayConfig | ReplicaConfig, hash_key: bytes
     ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._encoder = msgspec.json.Encoder()
-        self._file: IO[bytes] = path.open("xb", buffering=FLUSH_BYTES)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("xb", buffering=FLUSH_BYTES)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise JournalError("no journal can be written", str(path), why, "give a new run folder") from None
         self._serial = 0
+        self._flush_ns = 0  # a write at or after this instant flushes
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         header = Header(
             kind, msgspec.Raw(self._encoder.encode(config)), hash_key, written_at=stamp,
@@ -74,6 +84,14 @@ class JournalWriter:
         """One line."""
         self._file.write(self._encoder.encode((self._serial, at_ns, event, actions)) + b"\n")
         self._serial += 1
+        if at_ns >= self._flush_ns:
+            self._flush_ns = at_ns + FLUSH_NS
+            self._file.flush()
+
+    def flush(self) -> None:
+        """All that was written is with the kernel: it outlives this process. A closed journal is no mistake."""
+        if not self._file.closed:
+            self._file.flush()
 
     def close(self) -> None:
         """Flush and close; more than once is fine."""

@@ -1,8 +1,8 @@
 """The replica as a process: owns torch, listens on a local socket, runs one plain loop.
 
 ``python -m engine.model.process``; its spec comes as msgpack on stdin. Messages are read only between steps (deaf
-during a step); while nothing runs it sleeps in ``select``. It ends when its last gateway has hung up. Ctrl-C is the
-gateway's business, not its own.
+during a step); while nothing runs it sleeps in ``select``. It ends when its last gateway has hung up, or when the one
+that started it died before it connected. Ctrl-C is the gateway's business; SIGTERM ends the loading and nothing else.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_t
 from engine.model.worker import ReplicaDriver
 from engine.policy.replica import Replica
 
+ORPHAN_CHECK_S = 1.0  # how often one that nobody has connected to looks whether somebody still can
+
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """All that a replica process needs to know."""
@@ -46,6 +48,12 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] = ()  # pinned to these; () = wherever
     journal: str = ""
     fake_cost: StepCost | None = None
+    parent: int = 0  # process id: without it nobody will ever connect; 0 = whoever
+
+
+def last_words(socket_path: str) -> Path:
+    """Where a worker that gives up leaves its UserError for the gateway."""
+    return Path(socket_path).with_suffix(".error")
 
 
 class Endpoint:
@@ -63,14 +71,20 @@ class Endpoint:
         self.greeting = b""
         self.deserted = False
 
+    @property
+    def alone(self) -> bool:
+        """Nobody is connected."""
+        return not self._unframers
+
     def waits(self) -> bool:
         """Has anybody said something?"""
         self._read(0)
         return bool(self._pending)
 
     def take(self, idle: bool) -> list[ToReplica]:
-        """All messages so far; with ``idle`` sleeps until there is one."""
-        self._read(None if idle and not self._pending else 0)
+        """All messages so far; with ``idle`` sleeps until there is one, but not for ever while nobody is there."""
+        sleep_s = ORPHAN_CHECK_S if self.alone else None
+        self._read(sleep_s if idle and not self._pending else 0)
         out, self._pending = self._pending, []
         return out
 
@@ -131,6 +145,13 @@ def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
 
     folder = prepare(spec.model.name, lambda line: print(line, file=sys.stderr, flush=True))
     model = load(folder, device=spec.model.device, threads=spec.threads)
+    if spec.model.context_tokens > model.max_context:
+        raise UserError(
+            f"model.context_tokens ({spec.model.context_tokens}) is more than {spec.model.name} can attend to",
+            where=str(folder.path or "model.context_tokens"),
+            why=f"its own context is {model.max_context} tokens; beyond it the answers would be noise",
+            fix=f"--set model.context_tokens={model.max_context}    (or less)",
+        )
     runner = TorchRunner(model, prefix.blocks, prefix.block_tokens, hasher)
     dtype = str(model.dtype).removeprefix("torch.")
     return runner, Ready(spec.model.name, model.digest, str(model.device), dtype, spec.threads)
@@ -149,43 +170,60 @@ def read_answers(path: Path) -> dict[str, str]:
 
 
 def run(spec: WorkerSpec) -> None:
-    """Until the last gateway has hung up."""
+    """Until the last gateway has hung up, or cannot come any more."""
     hasher = Hasher(spec.hash_key, spec.replica.prefix.block_tokens)
     runner, ready = make_runner(spec, hasher)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole group: the gateway drains first, then hangs up
     journal = JournalWriter(Path(spec.journal), "replica", spec.replica, spec.hash_key) if spec.journal else None
     driver = ReplicaDriver(Replica(spec.replica), runner, journal)
     endpoint = Endpoint(spec.socket_path)
     endpoint.greeting = frame(ready)
     last_ns, idle = 0, True
-    while not endpoint.deserted:
-        messages = endpoint.take(idle)
-        if idle and not messages:
-            continue  # somebody connected or hung up
-        last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
-        step, output = driver.begin(last_ns, messages)
-        if output is not None:
-            endpoint.send(output)
-        idle = step is None
-        if step is not None:
-            result = runner.run(step, endpoint.waits, lambda tokens: endpoint.send(Output([], tokens)))
+    try:
+        while not endpoint.deserted:
+            if idle and journal is not None:
+                journal.flush()
+            messages = endpoint.take(idle)
+            if idle and not messages:  # somebody connected or hung up, or nobody is there
+                if endpoint.alone and spec.parent and os.getppid() != spec.parent:
+                    return
+                continue
             last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
-            output = driver.finish(last_ns, result)
+            step, output = driver.begin(last_ns, messages)
             if output is not None:
                 endpoint.send(output)
-    if journal is not None:
-        journal.close()
+            idle = step is None
+            if step is not None:
+                result = runner.run(step, endpoint.waits, lambda tokens: endpoint.send(Output([], tokens)))
+                last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
+                output = driver.finish(last_ns, result)
+                if output is not None:
+                    endpoint.send(output)
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def main() -> None:
-    """Spec on stdin; exit code 1 and one clear line on stderr for a user's mistake."""
+    """Spec on stdin; a user's mistake is left in ``last_words`` for the gateway to tell, with exit code 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
+    signal.signal(signal.SIGTERM, _leave)
+    raw = sys.stdin.buffer.read()
+    if not raw:
+        return  # who started it has died already
+    spec = msgspec.msgpack.decode(raw, type=WorkerSpec)
     if spec.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec.cores)
     try:
         run(spec)
     except UserError as error:
-        print(error, file=sys.stderr, flush=True)
+        words = msgspec.msgpack.encode((error.what, error.where, error.why, error.fix))
+        with contextlib.suppress(OSError):  # the gateway has gone, and its folder with it
+            last_words(spec.socket_path).write_bytes(words)
         sys.exit(1)
 
 

@@ -232,14 +232,19 @@ class Batcher:
             return 1
         most = self.config.max_multi_steps
         for calendar, last in ((self._borders, 0), (self._limits, 1)):
-            while calendar:
-                step, sid, epoch = calendar[0]
-                seq = self.running.get(sid)
-                if seq is not None and seq.epoch == epoch:
-                    most = min(most, step - self.step + last)
-                    break
-                heappop(calendar)
+            self._tidy(calendar)
+            if calendar:
+                most = min(most, calendar[0][0] - self.step + last)
         return max(1, most)
+
+    def _tidy(self, calendar: list[tuple[int, int, int]]) -> None:
+        """Its first entry, if it has any, is of a sequence that still runs."""
+        while calendar:
+            _, sid, epoch = calendar[0]
+            seq = self.running.get(sid)
+            if seq is not None and seq.epoch == epoch:
+                return
+            heappop(calendar)
 
     # ------------------------------------------------------------ after a step
 
@@ -268,6 +273,7 @@ class Batcher:
         self.decode_kv += seq.known
         capacity = len(seq.table) * self.pool.block_tokens
         heappush(self._borders, (self.step + capacity - (seq.known - 1), seq.ask.sid, seq.epoch))
+        self._tidy(self._limits)  # under load nobody else looks at it: without this it would grow for ever
         heappush(self._limits, (self.step + seq.ask.max_tokens - seq.outputs - 1, seq.ask.sid, seq.epoch))
 
     def fill(self, filled: Filled) -> None:

@@ -99,6 +99,10 @@ class ExactCache:
             self._evictions += 1
         return True
 
+    def refers_to(self, answer_id: str) -> bool:
+        """Does an entry still need this text?"""
+        return answer_id in self._references
+
     def drain_dropped(self) -> list[str]:
         """The answer ids that lost their last entry since the last call, in that order."""
         dropped = list(self._dropped)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from heapq import heappop, heappush
 
-from engine.config import ClassConfig, GatewayConfig
+from engine.config import ClassConfig, GatewayConfig, LimiterConfig
 from engine.events import (
     Abort,
     Answer,
@@ -19,7 +19,6 @@ from engine.events import (
     Attach,
     Cancel,
     Drain,
-    DropAnswer,
     Ended,
     FindSimilar,
     FirstToken,
@@ -30,22 +29,25 @@ from engine.events import (
     Record,
     Reject,
     Similar,
-    StoreAnswer,
     Submit,
     Tier,
     Wake,
 )
-from engine.policy.breaker import Breaker
-from engine.policy.exact import Entry, ExactCache
+from engine.policy.answers import Answers
+from engine.policy.breaker import Breaker, Verdict
+from engine.policy.exact import Entry
 from engine.policy.flights import Flight, Flights
 from engine.policy.limiter import Limiter
 from engine.policy.overload import LevelChange, Overload
 from engine.policy.pressure import Pressures
+from engine.policy.semantic import SemanticHit
 from engine.policy.trip import GatewayStats, Trip
 from engine.units import S_NS, ms_to_ns, s_to_ns
 
 Reply = Similar | FirstToken | Ended
 Journey = Generator[FindSimilar | Submit | Attach | None, Reply, None]
+Look = Generator[FindSimilar, Reply, Similar | None]
+ENCODER_SAYS: dict[str, Verdict] = {"ok": "ok", "late": "slow", "failed": "fail", "unfit": "ignored"}
 Ride = Generator[Submit | Attach | None, Reply, Ended]
 
 
@@ -63,9 +65,12 @@ class Gateway:
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.limiter = Limiter(config.limiter, config.tenants)
-        self.exact = ExactCache(config.exact)
+        self.answers = Answers(config)
         self.flights = Flights(config.index << 40)
         self.breaker = Breaker(config.breaker)
+        self.encoder = Breaker(config.encoder_breaker)
+        rate = config.overload.fallback_rps
+        self.fallbacks = Limiter(LimiterConfig(rate_rps=rate, burst=max(1.0, rate)), {})
         self.overload = Overload(config.overload, config.classes)
         self.pressures = Pressures()
         self._now_ns = 0
@@ -121,30 +126,56 @@ class Gateway:
             return self._reject(trip, "rate_limited", verdict.retry_after_ns)
         if self._draining:
             return self._reject(trip, "draining", S_NS)
+        similar: Similar | None = None
         asked = False
         while True:
-            if entry := self._cached(trip):
+            if entry := self.answers.same(self._now_ns, trip.key, self._makes_do(cls)):
                 return self._answer_from(trip, entry)
             if flight := self.flights.find(trip.key, cls.priority):
                 ended = yield from self._follow(trip, flight)
                 if ended.reason in ("stop", "length", "failed") or trip.over:
                     return self._finish(trip, ended, "coalesced")
                 continue  # the leader was stopped for reasons of its own: take its place
-            if self.config.semantic.enabled and trip.key and not asked:
+            if not asked and self._may_be_similar(trip):
                 asked = True
-                yield FindSimilar(ask.rid, ask.text_key)  # no index answers yet
+                similar = yield from self._look(trip)
                 continue  # meanwhile the same question may have been answered, or somebody took off with it
+            if similar and (hit := self._near(trip, similar)):
+                return self._answer_similar(trip, hit)
             if self._is_shed(cls):
                 return self._fall_back(trip, "overloaded", self._calm_ns(cls))
-            ended = yield from self._lead(trip)
+            permit = self.breaker.acquire(self._now_ns)
+            if permit is None:
+                return self._fall_back(trip, "breaker_open", self.breaker.retry_after_ns(self._now_ns))
+            ended = yield from self._lead(trip, permit)
             return self._finish(trip, ended, "model")
 
-    def _cached(self, trip: Trip) -> Entry | None:
-        """The same request's answer; a stale one will do for a sheddable class under pressure."""
-        if not trip.key:
+    def _makes_do(self, cls: ClassConfig) -> bool:
+        """From level 1 on a sheddable class takes older and less similar answers rather than the model's time."""
+        return cls.criticality == "sheddable" and self.overload.level >= 1
+
+    def _may_be_similar(self, trip: Trip) -> bool:
+        """Classes that allow it, single questions, deterministic answers."""
+        return self.config.semantic.enabled and trip.cls.caches == "semantic" and bool(trip.key and trip.ask.text_key)
+
+    def _look(self, trip: Trip) -> Look:
+        """Ask encoder and index for the nearest questions, behind a breaker; a miss when they are late or away."""
+        ask = trip.ask
+        permit = self.encoder.acquire(self._now_ns)
+        if permit is None:
             return None
-        stale_ok = trip.cls.criticality == "sheddable" and self.overload.level >= 1
-        return self.exact.get(self._now_ns, trip.key, stale_ok)
+        try:
+            similar = yield FindSimilar(ask.rid, ask.hard_key, ask.text_key, self.config.semantic.neighbours)
+        except (_Gone, _Late):
+            self.encoder.release(self._now_ns, permit, "cancelled")
+            raise
+        assert isinstance(similar, Similar), "look: only Similar answers FindSimilar"
+        self.encoder.release(self._now_ns, permit, ENCODER_SAYS[similar.status])
+        trip.has_vector = similar.status == "ok"
+        return similar
+
+    def _near(self, trip: Trip, similar: Similar) -> SemanticHit | None:
+        return self.answers.similar(self._now_ns, trip.ask.hard_key, similar.neighbours, self._makes_do(trip.cls))
 
     def _is_shed(self, cls: ClassConfig) -> bool:
         """Level 2 keeps sheddable work from the model, level 3 standard work too; critical work never."""
@@ -155,12 +186,11 @@ class Gateway:
         down = self.overload.level - (4 - cls.priority) + 1
         return max(S_NS, down * self.config.overload.quiet_windows * self.config.overload.window_ns)
 
-    def _lead(self, trip: Trip) -> Ride:
+    def _lead(self, trip: Trip, permit: int) -> Ride:
         """Compute it. Others may ride along; a client that leaves does not strand them."""
         ask, cls = trip.ask, trip.cls
         flight = self.flights.lead(ask.rid, trip.key, cls.priority, ask.traffic_class, self._now_ns)
         trip.leads, trip.replica = True, 0
-        permit = self.breaker.acquire(self._now_ns)
         self.pressures.sent(flight)
         ended = yield from self._ride(
             trip, flight,
@@ -172,16 +202,12 @@ class Gateway:
             ),
         )
         good = ended.reason in ("stop", "length")
-        self.breaker.release(permit, "ok" if good else "fail" if ended.reason == "failed" else "cancelled")
+        said: Verdict = "ok" if good else "fail" if ended.reason == "failed" else "cancelled"
+        self.breaker.release(self._now_ns, permit, said)
         if ended.computed_tokens:
             trip.used_tokens = ask.prompt_tokens + ended.output_tokens
         if good and trip.key and ended.answer_id:
-            kept = self.exact.put(
-                self._now_ns, trip.key, ended.answer_id, ended.answer_bytes, ask.request_id, ended.output_tokens
-            )
-            if kept:
-                self._outbox.append(StoreAnswer(ended.answer_id, flight.sid))
-            self._outbox.extend(DropAnswer(answer_id) for answer_id in self.exact.drain_dropped())
+            self._outbox.extend(self.answers.keep(self._now_ns, trip, ended))
         return ended
 
     def _follow(self, trip: Trip, flight: Flight) -> Ride:
@@ -240,12 +266,27 @@ class Gateway:
         fresh = age_ns <= s_to_ns(self.config.exact.ttl_s)
         trip.tier = "exact" if fresh else "approximate"
         trip.output_tokens, trip.answer_id, trip.first_ns = entry.output_tokens, entry.answer_id, self._now_ns
+        trip.source = entry.source
         trip.close(self._now_ns, "served")
         self._outbox.append(Answer(trip.ask.rid, trip.tier, entry.answer_id, trip.level, age_ns, entry.source))
 
+    def _answer_similar(self, trip: Trip, hit: SemanticHit) -> None:
+        entry = hit.entry
+        trip.tier = "approximate" if hit.approximate else "semantic"
+        trip.output_tokens, trip.answer_id, trip.first_ns = entry.output_tokens, entry.answer_id, self._now_ns
+        trip.source, trip.cosine_millionths = entry.source, hit.cosine_millionths
+        trip.close(self._now_ns, "served")
+        age_ns = self._now_ns - entry.stored_ns
+        self._outbox.append(
+            Answer(
+                trip.ask.rid, trip.tier, entry.answer_id, trip.level, age_ns, entry.source, hit.cosine_millionths
+            )
+        )
+
     def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         """The class's answer of last resort, where it has one and nothing was said yet; else the code."""
-        if not trip.cls.fallback or trip.first_ns is not None:
+        may = trip.cls.fallback and trip.first_ns is None
+        if not may or not self.fallbacks.take(self._now_ns, "fallback", 0).ok:
             return self._reject(trip, code, retry_after_ns)
         trip.tier, trip.first_ns, trip.answer_id = "fallback", self._now_ns, fallback_id(trip.ask.traffic_class)
         trip.error_code = code  # why it came to this
@@ -263,7 +304,7 @@ class Gateway:
     def _arrive(self, ask: Arrive) -> None:
         assert ask.rid not in self._trips, "arrive: the driver never repeats a rid"
         cls = self.config.classes[ask.traffic_class]
-        key = ask.exact_key if cls.caches == "exact" else b""
+        key = ask.exact_key if cls.caches != "none" else b""
         trip = Trip(ask, cls, key, level=self.overload.level, reserved_tokens=ask.prompt_tokens + ask.max_tokens)
         self._arrived += 1
         self._trips[ask.rid] = trip
@@ -317,7 +358,8 @@ class Gateway:
     def _flight_ended(self, event: Ended) -> None:
         if flight := self.flights.close(event.sid):
             self.pressures.forget(event.sid)
-            source = self._trips[next(iter(flight.riders))].ask.request_id
+            good = event.reason in ("stop", "length")
+            source = self._trips[next(iter(flight.riders))].ask.request_id if good else ""
             for rid in flight.riders:
                 self._trips[rid].source = source
                 self._resume(rid, event)
@@ -337,13 +379,14 @@ class Gateway:
         """A snapshot."""
         return GatewayStats(
             arrived=self._arrived, ended=self._ended, in_flight=len(self._trips), level=self.overload.level,
-            limiter=self.limiter.stats(), exact=self.exact.stats(), flights=self.flights.stats(),
-            breaker=self.breaker.stats(), overload=self.overload.stats(),
+            limiter=self.limiter.stats(), exact=self.answers.exact.stats(), semantic=self.answers.semantic.stats(),
+            flights=self.flights.stats(), breaker=self.breaker.stats(), encoder=self.encoder.stats(),
+            overload=self.overload.stats(),
         )
 
     def check(self) -> None:
         """Invariants."""
-        for part in (self.limiter, self.exact, self.flights, self.breaker, self.overload):
+        for part in (self.limiter, self.answers, self.flights, self.breaker, self.encoder, self.overload):
             part.check()
         assert self._journeys.keys() == self._trips.keys(), "journeys: every trip has one"
         assert self._arrived == self._ended + len(self._trips), "conservation: arrived = ended + in flight"

@@ -6,6 +6,8 @@ would look like calm for the length of a step. Ages come from instants, so they 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from engine.events import Pressure
 from engine.policy.flights import Flight
 
@@ -15,30 +17,36 @@ class Pressures:
 
     def __init__(self) -> None:
         self._last: dict[int, Pressure] = {}
-        self._unseen: dict[int, Flight] = {}  # submitted, not acknowledged; in order of sid
+        self._unseen: OrderedDict[int, str] = OrderedDict()  # submitted, not acknowledged: class; in order of sid
+        # class -> sid -> sent_ns of the same, so that the first is the oldest (a plain dict finds its first slowly)
+        self._sent: dict[str, OrderedDict[int, int]] = {}
 
     def sent(self, flight: Flight) -> None:
         """Submitted just now."""
-        self._unseen[flight.sid] = flight
+        self._unseen[flight.sid] = flight.traffic_class
+        self._sent.setdefault(flight.traffic_class, OrderedDict())[flight.sid] = flight.sent_ns
 
     def forget(self, sid: int) -> None:
         """It has started or ended: no longer waiting, whatever the last message said."""
-        self._unseen.pop(sid, None)
+        name = self._unseen.pop(sid, None)
+        if name is not None:
+            del self._sent[name][sid]
 
     def hear(self, pressure: Pressure) -> None:
         """A replica's word replaces its last one."""
         self._last[pressure.replica] = pressure
         while self._unseen and (sid := next(iter(self._unseen))) <= pressure.acked_sid:
-            del self._unseen[sid]
+            self.forget(sid)
+
+    def lose(self, replica: int) -> None:
+        """It has died: nothing waits there any more. What it was sent ends by itself, one by one."""
+        self._last.pop(replica, None)
 
     def oldest_ns(self) -> dict[str, int]:
-        """Traffic class -> instant at which its oldest waiting request was submitted."""
-        oldest: dict[str, int] = {}
+        """Traffic class -> instant at which its oldest waiting request was submitted. Work: replicas times classes."""
+        oldest = {name: next(iter(sent.values())) for name, sent in self._sent.items() if sent}
         for pressure in self._last.values():
             for waiting in pressure.waiting:
                 name = waiting.traffic_class
                 oldest[name] = min(waiting.oldest_ns, oldest.get(name, waiting.oldest_ns))
-        for flight in self._unseen.values():
-            name = flight.traffic_class
-            oldest[name] = min(flight.sent_ns, oldest.get(name, flight.sent_ns))
         return oldest

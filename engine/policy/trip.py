@@ -11,6 +11,7 @@ from engine.policy.exact import ExactStats
 from engine.policy.flights import FlightStats
 from engine.policy.limiter import LimiterStats
 from engine.policy.overload import OverloadStats
+from engine.policy.semantic import SemanticStats
 from engine.values import Struct
 
 
@@ -27,6 +28,8 @@ class Trip:
     leads: bool = False
     replica: int | None = None
     source: str = ""
+    has_vector: bool = False  # its question was encoded in time, so its answer can be found by similar ones
+    cosine_millionths: int | None = None
     tier: Tier | None = None
     outcome: Outcome | None = None
     error_code: str | None = None
@@ -67,6 +70,7 @@ class Trip:
             output_tokens=self.output_tokens, queue_ns=self.queue_ns, preemptions=self.preemptions,
             ttft_ns=None if self.first_ns is None else self.first_ns - ask.arrived_ns,
             e2e_ns=self.end_ns - ask.arrived_ns, replica=self.replica, answer_id=self.answer_id,
+            cosine_millionths=self.cosine_millionths, source="" if self.leads else self.source,
         )
 
 
@@ -79,6 +83,8 @@ class GatewayStats(Struct):
     level: int
     limiter: LimiterStats
     exact: ExactStats
+    semantic: SemanticStats
     flights: FlightStats
     breaker: BreakerStats
+    encoder: BreakerStats
     overload: OverloadStats

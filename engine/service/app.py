@@ -19,7 +19,7 @@ from engine.errors import RequestError
 from engine.events import Answer, Arrive, Reject
 from engine.service.auth import KeyRing
 from engine.service.driver import GatewayDriver
-from engine.service.facts import FactMaker
+from engine.service.facts import FactMaker, question_of
 from engine.service.openai import (
     DEFAULT_MODEL,
     ChatRequest,
@@ -223,7 +223,7 @@ class App:
             self._in_flight -= 1
 
     async def _answer(self, exchange: Exchange, ask: ChatRequest, facts: Arrive, prompt: list[int]) -> None:
-        stream = self._driver.arrive(facts, prompt, ask.drawable())
+        stream = self._driver.arrive(facts, prompt, ask.drawable(), question_of(ask.conversation()))
         level = self._driver.machine.overload.level  # a request keeps the level that it met
         words = Wording(
             f"chatcmpl-{exchange.request_id}", int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage

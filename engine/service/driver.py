@@ -8,9 +8,11 @@ machine speaks of.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from engine.events import (
     Abort,
@@ -20,21 +22,25 @@ from engine.events import (
     Cancel,
     Drain,
     DropAnswer,
+    DropVector,
     Ended,
     FindSimilar,
     GatewayAction,
     GatewayEvent,
     LevelRecord,
+    Neighbour,
     Record,
     Reject,
     RequestRecord,
     Similar,
     StoreAnswer,
+    StoreVector,
     Submit,
     Wake,
 )
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
+from engine.model.index import VectorIndex
 from engine.model.stepping import SamplingParams
 from engine.model.tokenizer import Detokenizer
 from engine.model.wire import Output, ToReplica, Work
@@ -42,12 +48,35 @@ from engine.policy.gateway import Gateway
 from engine.service.stream import ClientStream, StoredAnswer, Tape
 from engine.units import S_NS
 
+FRESH_VECTORS = 4096  # far more than questions can be under way
+
+
+class Payload(NamedTuple):
+    """What a machine does not see of a request."""
+
+    prompt: list[int]
+    params: SamplingParams
+    question: str
+
 
 class ReplicaLink(Protocol):
     """The way to a replica, wherever it runs. Answers come back through ``GatewayDriver.hear``."""
 
     def send(self, message: ToReplica) -> None:
         """Queue a message; never blocks."""
+        ...
+
+
+Word = Literal["ok", "late", "failed", "unfit"]
+
+
+class Encoder(Protocol):
+    """The way to vectors, wherever they are made."""
+
+    def encode(
+        self, text_key: bytes, text: str, deadline_s: float, done: Callable[[np.ndarray | None, Word], None]
+    ) -> object:
+        """Calls ``done`` exactly once, perhaps before this returns."""
         ...
 
 
@@ -64,13 +93,17 @@ class GatewayDriver:
         fallbacks: dict[str, str],
         journal: JournalWriter | None = None,
         ledger: Callable[[RequestRecord | LevelRecord], None] | None = None,
+        encoder: Encoder | None = None,
+        dims: int = 384,
     ) -> None:
-        """``fallbacks``: answer id to text. ``ledger`` gets every record."""
+        """``fallbacks``: answer id to text. ``ledger`` gets every record. Without an encoder nothing is similar."""
         self.machine = machine
         self._clock_ns, self._link, self._hasher = clock_ns, link, hasher
         self._detokenizer, self._journal, self._ledger = detokenizer, journal, ledger
         self._answers = {answer_id: StoredAnswer(text) for answer_id, text in fallbacks.items()}
-        self._payloads: dict[int, tuple[list[int], SamplingParams]] = {}  # of requests that may still be submitted
+        self._payloads: dict[int, Payload] = {}  # of requests that may still be submitted
+        self._encoder, self._index = encoder, VectorIndex(dims)
+        self._fresh: OrderedDict[bytes, np.ndarray] = OrderedDict()  # vectors just made, until their answer is there
         self._streams: dict[int, ClientStream] = {}
         self._tapes: dict[int, Tape] = {}
         self._last_rid = -1
@@ -92,11 +125,14 @@ class GatewayDriver:
         self._last_rid += 1
         return self._last_rid
 
-    def arrive(self, ask: Arrive, prompt: list[int], params: SamplingParams) -> ClientStream:
-        """A request under a number from ``next_rid``. The stream has the answer, sooner or later."""
+    def arrive(self, ask: Arrive, prompt: list[int], params: SamplingParams, question: str = "") -> ClientStream:
+        """A request under a number from ``next_rid``. The stream has the answer, sooner or later.
+
+        ``question``: the text of ``ask.text_key``, where similar questions may be looked for.
+        """
         stream = ClientStream(ask.rid, ask.request_id)
         self._streams[ask.rid] = stream
-        self._payloads[ask.rid] = (prompt, params)
+        self._payloads[ask.rid] = Payload(prompt, params, question)
         self.deliver(ask)
         return stream
 
@@ -192,16 +228,21 @@ class GatewayDriver:
     def _carry_out(self, action: GatewayAction) -> None:
         match action:
             case Submit(sid=sid, rid=rid):
-                prompt, params = self._payloads[rid]
+                payload = self._payloads[rid]
                 tape = self._tapes[sid] = Tape(self._detokenizer())
                 self._listen(tape, rid, "model")
-                self._link.send(Work(action, prompt, params))
+                self._link.send(Work(action, payload.prompt, payload.params))
             case Attach(sid=sid, rid=rid):
                 self._listen(self._tapes[sid], rid, "coalesced")
             case Abort():
                 self._link.send(action)
-            case FindSimilar(rid=rid):
-                self._inbox.append(Similar(rid))
+            case FindSimilar():
+                self._look(action)
+            case StoreVector(hard_key=hard_key, text_key=text_key):
+                if (vector := self._fresh.get(text_key)) is not None:
+                    self._index.add(hard_key, text_key, vector)
+            case DropVector(hard_key=hard_key, text_key=text_key):
+                self._index.remove(hard_key, text_key)
             case Answer() | Reject():
                 self._end(action)
             case StoreAnswer(answer_id=answer_id, sid=sid):
@@ -212,6 +253,25 @@ class GatewayDriver:
             case Record(record=record):
                 if self._ledger is not None:
                     self._ledger(record)
+
+    def _look(self, ask: FindSimilar) -> None:
+        if self._encoder is None:
+            self._inbox.append(Similar(ask.rid, status="unfit"))
+            return
+        deadline_s = self.machine.config.semantic.deadline_ms / 1000
+        question = self._payloads[ask.rid].question
+        self._encoder.encode(ask.text_key, question, deadline_s, lambda vector, word: self._found(ask, vector, word))
+
+    def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
+        if vector is None:
+            self.deliver(Similar(ask.rid, status=word))
+            return
+        self._fresh[ask.text_key] = vector
+        self._fresh.move_to_end(ask.text_key)
+        if len(self._fresh) > FRESH_VECTORS:
+            self._fresh.popitem(last=False)
+        near = self._index.search(ask.hard_key, vector, ask.at_most)
+        self.deliver(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
 
     def _listen(self, tape: Tape, rid: int, tier: str) -> None:
         stream = self._streams[rid]

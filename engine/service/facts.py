@@ -73,12 +73,12 @@ class FactMaker:
                 "messages",
             )
         hasher = self._hasher
-        last = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
         facts = Arrive(
             rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
             prompt_tokens=len(prompt), max_tokens=most,
             exact_key=self._exact_key(tenant, traffic_class, params, most, text),
-            text_key=hasher.digest("text", last.strip()),
+            hard_key=self._hard_key(tenant, traffic_class, params, most, messages),
+            text_key=hasher.digest("text", question_of(messages)) if question_of(messages) else b"",
             blocks=hasher.chain(hasher.root(tenant, self._model), prompt),
             pinned_blocks=shared_tokens // hasher.block_tokens if cls.pinned else 0,
         )
@@ -97,15 +97,29 @@ class FactMaker:
         return text, opening.ids + self._tokenizer.encode(text[opening.cut :]), len(opening.ids)
 
     def _exact_key(self, tenant: str, traffic_class: str, params: SamplingParams, most: int, text: str) -> bytes:
-        if not params.temperature:
-            how = "greedy"  # whatever top_p and seed say
-        elif params.seed:
-            how = f"{params.temperature!r} {params.top_p!r} {params.seed}"
-        else:
-            return b""
-        return self._hasher.digest(
-            "exact", tenant, traffic_class, self._model, f"{how} {params.ignore_eos}", str(most), text
-        )
+        how = _how(params)
+        return self._hasher.digest("exact", tenant, traffic_class, self._model, how, str(most), text) if how else b""
+
+    def _hard_key(
+        self, tenant: str, traffic_class: str, params: SamplingParams, most: int, messages: Messages
+    ) -> bytes:
+        """Everything but the question: who asks, under what context, for an answer of what kind."""
+        system = [turn["content"] for turn in messages if turn["role"] == "system"]
+        context = system or [self._system.get(traffic_class, "")]
+        return self._hasher.digest("hard", tenant, traffic_class, self._model, _how(params), str(most), *context)
+
+
+def _how(params: SamplingParams) -> str:
+    """How an answer is drawn, as far as it can be drawn again; "" when it cannot."""
+    if not params.temperature:
+        return f"greedy {params.ignore_eos}"  # whatever top_p and seed say
+    return f"{params.temperature!r} {params.top_p!r} {params.seed} {params.ignore_eos}" if params.seed else ""
+
+
+def question_of(messages: Messages) -> str:
+    """The question of a conversation of one turn, stripped; "" where earlier turns could change its meaning."""
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    return turns[0]["content"].strip() if len(turns) == 1 and turns[0]["role"] == "user" else ""
 
 
 def find_opening(tokenizer: Tokenizer, system: str) -> Opening | None:

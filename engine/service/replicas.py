@@ -18,7 +18,7 @@ import msgspec
 
 from engine.errors import UserError
 from engine.events import Ended
-from engine.model.process import WorkerSpec
+from engine.model.process import WorkerSpec, last_words
 from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_from_replica, frame
 
 START_TIMEOUT_S = 300.0  # converting weights on first use takes half a minute, a hub download longer
@@ -48,7 +48,7 @@ class ReplicaProcess(asyncio.Protocol):
         self._process: asyncio.subprocess.Process | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="doorbuster-")
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._closing = False
+        self._met = self._closing = False
 
     @property
     def socket_path(self) -> str:
@@ -56,7 +56,8 @@ class ReplicaProcess(asyncio.Protocol):
         return str(Path(self._folder.name) / "replica.sock")
 
     async def start(self, spec: WorkerSpec) -> Ready:
-        """Spawn, connect, wait for the weights; UserError when the worker gave up."""
+        """Spawn, connect, wait for the weights; UserError, the worker's own words if it had any, when it gave up."""
+        spec = msgspec.structs.replace(spec, parent=os.getpid())
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, spec.threads))}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "engine.model.process", stdin=asyncio.subprocess.PIPE, env=env,
@@ -71,11 +72,18 @@ class ReplicaProcess(asyncio.Protocol):
                 await loop.create_unix_connection(lambda: self, self.socket_path)
                 break
             if self._process.returncode is not None:
-                raise UserError("the replica process gave up", why=f"exit code {self._process.returncode}; see above")
+                raise self._gave_up(self._process.returncode)
             if loop.time() > deadline:
                 raise UserError(f"the replica process was not ready within {START_TIMEOUT_S:.0f} s")
             await asyncio.sleep(0.02)
         return await self._ready
+
+    def _gave_up(self, code: int) -> UserError:
+        try:
+            raw = last_words(self.socket_path).read_bytes()
+        except FileNotFoundError:
+            return UserError("the replica process gave up", why=f"exit code {code}; its own last words are above")
+        return UserError(*msgspec.msgpack.decode(raw, type=tuple[str, str, str, str]))
 
     def send(self, message: ToReplica) -> None:
         """See ``driver.ReplicaLink``. What is submitted to a lost replica fails at once."""
@@ -86,11 +94,13 @@ class ReplicaProcess(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._hear, failed)
 
     async def stop(self) -> None:
-        """Hang up; the worker ends by itself, or is killed after five seconds."""
+        """Hang up; the worker ends by itself, or is killed after five seconds. More than once is fine."""
         self._closing = True
         if self._transport is not None:
             self._transport.close()
         if self._process is not None and self._process.returncode is None:
+            if not self._met:
+                self._process.terminate()  # it is still loading, and would not notice
             try:
                 await asyncio.wait_for(self._process.wait(), 5.0)
             except TimeoutError:
@@ -102,7 +112,7 @@ class ReplicaProcess(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected; Ready follows."""
-        self._transport = transport  # type: ignore[assignment]
+        self._transport, self._met = transport, True  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         """Frames from the worker."""
@@ -116,7 +126,10 @@ class ReplicaProcess(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The worker has gone, on our word or by itself."""
         self._transport = None
-        if not self._ready.done():
-            self._ready.set_exception(UserError("the replica process gave up while it loaded the model"))
-        if not self._closing:
+        if self._closing:
+            self._ready.cancel()
+            return
+        if self._ready.done():
             self._lost()
+        else:
+            self._ready.set_exception(UserError("the replica process died before it was ready"))

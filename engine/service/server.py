@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,7 @@ from engine.errors import UserError
 from engine.events import Ended, LevelRecord, RequestRecord
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
+from engine.model.encoder_process import EncoderSpec
 from engine.model.folder import prepare
 from engine.model.process import WorkerSpec
 from engine.model.smalllm import small_tokenizer
@@ -35,10 +37,15 @@ from engine.scenario import data_path
 from engine.service.app import App
 from engine.service.auth import KeyRing
 from engine.service.driver import GatewayDriver
+from engine.service.encoder import EncoderClient
 from engine.service.facts import FactMaker
 from engine.service.replicas import ReplicaProcess, share_cores
 
+log = logging.getLogger(__name__)
+
 DRAIN_TIMEOUT_S = 30.0
+HANG_UP_S = 5  # after the drain: for answers that are being sent
+FLUSH_S = 0.2  # a gateway that is killed loses no more of journal and ledger than this
 
 
 class ServeOptions(msgspec.Struct, frozen=True):
@@ -61,6 +68,13 @@ class RunningEngine:
     ready: Ready
     app: App
     epoch_ns: int  # on the machine's monotonic clock: the journal's zero
+    files: list[JournalWriter | Ledger]
+    lost: asyncio.Event = field(default_factory=asyncio.Event)  # the replica has died
+
+    def flush(self) -> None:
+        """Journal and ledger are with the kernel: for those who leave without ``running``'s end."""
+        for file in self.files:
+            file.flush()
 
     async def drain(self) -> None:
         """Stop taking work, wait for what runs."""
@@ -82,74 +96,121 @@ def tokenizer_for(name: str) -> Tokenizer:
 
 @contextlib.asynccontextmanager
 async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> AsyncIterator[RunningEngine]:
-    """Start everything; stop everything at the end."""
+    """Start everything; stop everything at the end. A start that fails half-way leaves nothing behind but files."""
     hasher = Hasher(options.hash_key or secrets.token_bytes(16), scenario.prefix.block_tokens)
     epoch_ns = time.monotonic_ns()
     own_cores, replica_cores, threads = share_cores(scenario.model.threads)
-    replica = ReplicaProcess(lambda output: driver.hear(output), lambda: lost())
-    spec = WorkerSpec(
-        socket_path=replica.socket_path, model=scenario.model, replica=replica_config(scenario), hash_key=hasher.key,
-        epoch_ns=epoch_ns, threads=threads, cores=replica_cores if options.pin_cores else (),
-        journal=str(options.folder / "journal" / "replica-0.ndjson") if options.folder else "",
-        fake_cost=options.fake_cost,
-    )
-    if options.pin_cores and own_cores:
-        os.sched_setaffinity(0, own_cores)
-    sock = listen(options.host, options.port)
-    try:
-        ready = await replica.start(spec)
-    except BaseException:
-        sock.close()
-        await replica.stop()
-        raise
-    tokenizer = tokenizer_for(scenario.model.name)
-    config = gateway_config(scenario, keys.tenants)
+    if not options.pin_cores:
+        own_cores = replica_cores = ()
     folder = options.folder
-    journal = JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", config, hasher.key) if folder else None
-    with contextlib.ExitStack() as stack:
-        ledger = stack.enter_context(Ledger(folder / "ledger" / "records.ndjson")) if folder else None
+    engine: RunningEngine | None = None
+
+    def lost() -> None:
+        """The worker died: every open submission fails now, rather than never."""
+        log.error("the replica process has died: its open requests fail now")
+        if engine is not None:
+            engine.app.replica_lost = True
+            engine.driver.hear(Output([Ended(sid, "failed") for sid in engine.driver.open_submissions()]))
+            engine.lost.set()
+
+    async with contextlib.AsyncExitStack() as stack:
+        if own_cores:
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, own_cores)
+        sock = stack.enter_context(listen(options.host, options.port))
+        replica = ReplicaProcess(lambda output: driver.hear(output), lost)
+        stack.push_async_callback(replica.stop)
+        spec = WorkerSpec(
+            socket_path=replica.socket_path, model=scenario.model, replica=replica_config(scenario),
+            hash_key=hasher.key, epoch_ns=epoch_ns, threads=threads, cores=replica_cores,
+            journal=str(folder / "journal" / "replica-0.ndjson") if folder else "", fake_cost=options.fake_cost,
+        )
+        ready = await replica.start(spec)
+        tokenizer = tokenizer_for(scenario.model.name)
+        config = gateway_config(scenario, keys.tenants)
+        journal: JournalWriter | None = None
+        ledger: Ledger | None = None
+        if folder is not None:
+            journal = JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", config, hasher.key)
+            stack.callback(journal.close)
+            ledger = stack.enter_context(Ledger(folder / "ledger" / "records.ndjson"))
+        encoder = await start_encoder(scenario, own_cores)
+        if encoder is not None:
+            stack.push_async_callback(encoder.stop)
         driver = GatewayDriver(
             Gateway(config), lambda: time.monotonic_ns() - epoch_ns, replica, hasher, lambda: Detokenizer(tokenizer),
-            fallback_texts(scenario), journal, ledger.append if ledger else None,
+            fallback_texts(scenario), journal, ledger.append if ledger else None, encoder,
         )
         facts = FactMaker(tokenizer, hasher, scenario, scenario.model.name)
         app = App(driver, keys, facts, scenario, scenario.model.name)
-
-        def lost() -> None:
-            """The worker died: every open submission fails now, rather than never."""
-            app.replica_lost = True
-            driver.hear(Output([Ended(sid, "failed") for sid in driver.open_submissions()]))
-
+        host, port = sock.getsockname()[:2]
+        files = [file for file in (journal, ledger) if file is not None]
+        engine = RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns, files)
+        stack.callback(asyncio.create_task(_flush_often(engine)).cancel)
         server = _Uvicorn(
             uvicorn.Config(
                 app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False,
                 timeout_keep_alive=75, server_header=False, date_header=False,
+                timeout_graceful_shutdown=HANG_UP_S + 2,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.005)
-        host, port = sock.getsockname()[:2]
         try:
-            yield RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns)
-        finally:
-            server.should_exit = True
-            await serving
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.005)
+            yield engine
+        finally:  # in this order: each may still have a word for the next
+            await _end_serving(server, serving)
             await replica.stop()
+            if encoder is not None:
+                await encoder.stop()
             driver.close()
+
+
+async def _end_serving(server: _Uvicorn, serving: asyncio.Task[None]) -> None:
+    """Responses may be finished; who has not sent all of its request by then, or takes no answer, is hung up on."""
+    server.should_exit = True
+    await asyncio.wait([serving], timeout=HANG_UP_S)
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()  # type: ignore[union-attr]
+    await serving
+
+
+async def _flush_often(engine: RunningEngine) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_S)
+        engine.flush()
+
+
+async def start_encoder(scenario: Scenario, cores: tuple[int, ...]) -> EncoderClient | None:
+    """The encoder, if a class is answered by similar questions. It shares the gateway's cores, not the replica's."""
+    if not scenario.semantic.enabled or all(cls.caches != "semantic" for cls in scenario.classes.values()):
+        return None
+    encoder = EncoderClient()
+    await encoder.start(EncoderSpec(cores=cores))
+    return encoder
 
 
 class Ledger:
     """Appends records as JSON lines. The data-tier form (blocks, group commit, views) replaces it behind ``append``."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("xb")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("xb")
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError("no ledger can be written", str(path), why, "give a new run folder") from None
         self._encoder = msgspec.json.Encoder()
 
     def append(self, record: RequestRecord | LevelRecord) -> None:
         """One line, buffered."""
         self._file.write(self._encoder.encode(record) + b"\n")
+
+    def flush(self) -> None:
+        """All that was appended is with the kernel. A closed ledger is no mistake."""
+        if not self._file.closed:
+            self._file.flush()
 
     def __enter__(self) -> Ledger:
         return self

@@ -8,13 +8,14 @@ plateau then offers ``overload_factor`` times that much *after* the caches, so t
 from __future__ import annotations
 
 import msgspec
+from scipy import stats
 
 from engine.config import Scenario, TenantConfig
 from engine.model.blockhash import Hasher
 from engine.service.facts import FactMaker
 from engine.units import S_NS
 from sim.desk.frames import requests_frame
-from sim.desk.summary import good
+from sim.desk.summary import DEFLECTED, good
 from sim.twin.cost import Calibration
 from sim.twin.system import TwinArrival, TwinRun, TwinSystem
 from sim.twin.workload import Request, flash_sale, profile_of, steady, twin_arrivals
@@ -86,9 +87,15 @@ class Bench:
             base = work.overload_factor * capacity_rps / (1 - deflected) / work.spike_factor
             run = self.run(flash_sale(self.scenario, profile, base, seed))
             plateau = [r for r in run.requests if begin_ns <= r.arrived_ns < end_ns]
-            hits = sum(r.tier in ("exact", "coalesced") for r in plateau)
+            hits = sum(r.tier in DEFLECTED for r in plateau)
             deflected = min(0.95, hits / max(1, len(plateau)))
         return base, deflected
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share; it stays sensible at none and at all."""
+    found = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    return float(found.low), float(found.high)
 
 
 def caches_off(scenario: Scenario) -> Scenario:

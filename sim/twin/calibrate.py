@@ -30,7 +30,7 @@ from engine.service.replicas import share_cores
 from engine.service.server import ServeOptions, running, tokenizer_for
 from engine.units import MS_NS, s_to_ns
 from sim.loadgen import play
-from sim.twin.cost import Calibration, fit, this_machine
+from sim.twin.cost import FAKE, FAKE_PACE, Calibration, fit, this_machine
 from sim.twin.driver import Lags
 from sim.twin.measure import Measured, MeasureSpec, TracePart
 from sim.twin.workload import Request, steady
@@ -42,6 +42,12 @@ TIMEOUT_S = 300.0
 
 def calibrate(scenario: Scenario, progress: Callable[[str], None], design_s: float = DESIGN_S) -> Calibration:
     """Measure this machine. About 45 s with the default design."""
+    if scenario.model.name == FAKE:
+        raise CalibrationError(
+            "there is nothing to measure: the fake model takes the time that it is told",
+            why=f"its pace is {FAKE_PACE}'s, measured here or bundled, times model.fake_speed",
+            fix=f"doorbuster calibrate --set model.name={FAKE_PACE}",
+        )
     _, replica_cores, threads = share_cores(scenario.model.threads)
     spec = MeasureSpec(
         scenario, threads, replica_cores, secrets.token_bytes(16), traces=_traces(scenario), design_s=design_s
@@ -70,6 +76,15 @@ def describe(calibration: Calibration) -> list[str]:
         f"{fitted.trace_p95:.1%} p95, bias {fitted.trace_bias:+.1%}, total time {fitted.trace_total:+.1%}",
         f"range     {ranges}",
     ]
+
+
+def busy_words(calibration: Calibration) -> list[str]:
+    """Said after a measurement that is not to be trusted; nothing after a good one."""
+    doubts = calibration.doubts()
+    if not doubts:
+        return []
+    return [f"WARNING: the machine was busy while it was measured: {'; '.join(doubts)}",
+            "         latencies of the twin will be off; end what else runs, then: doorbuster calibrate"]
 
 
 def _measure(spec: MeasureSpec) -> Measured:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,14 +17,20 @@ import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
+from engine.config import ModelConfig
 from engine.errors import CalibrationError
 from engine.events import StepShape
-from engine.model.folder import cache_dir
+from engine.model.folder import cache_dir, prepare
 from engine.model.stepcost import StepCost
+from engine.scenario import data_path
+from engine.service.replicas import share_cores
 from sim.twin.driver import Lags
 
 VERSION = 1
 STALL = 1.6  # a step this much longer than predicted was held up by something else: counted, not fitted
+STALL_SHARE = 0.05  # of the designed steps: more than that and something else was running
+TRACE_ERROR = 0.10  # mean, on held-out traces: beyond it the twin's latencies are not worth reading closely
+FAKE, FAKE_PACE = "fake", "smollm2"  # the fake model has no pace of its own: it takes this one's
 FEATURES = ("prefill_tokens", "prefill_rows", "decode_rows", "decode_kv_tokens", "attention_area")
 
 
@@ -76,6 +83,16 @@ class Calibration(msgspec.Struct, frozen=True):
     def outside(self, shape: StepShape) -> bool:
         """Does a step lie outside of what was measured?"""
         return any(not low <= getattr(shape, name) <= high for name, (low, high) in self.hull.items())
+
+    def doubts(self) -> list[str]:
+        """What speaks against using it, in words; none if all is well."""
+        designed = self.fit.steps + self.fit.stalls
+        found = []
+        if self.fit.stalls > STALL_SHARE * designed:
+            found.append(f"{self.fit.stalls} of {designed} designed steps stalled (more than {STALL_SHARE:.0%})")
+        if self.fit.trace_mape > TRACE_ERROR:
+            found.append(f"error on held-out traces {self.fit.trace_mape:.1%} (more than {TRACE_ERROR:.0%})")
+        return found
 
 
 def fit(samples: list[StepSample]) -> tuple[StepCost, Fit, dict[str, tuple[int, int]]]:
@@ -163,16 +180,24 @@ def load(path: Path) -> Calibration:
     return found
 
 
-def load_for(path: Path, threads: int, model: str, foreign_ok: bool = False) -> Calibration:
-    """A calibration for use on this machine, with so many torch threads; refused when it is somebody else's."""
+def load_for(
+    path: Path, threads: int, model: str, foreign_ok: bool = False, digest: str = "", device: str = "", dtype: str = ""
+) -> Calibration:
+    """A calibration for use on this machine, with so many torch threads; refused when it is somebody else's.
+
+    ``digest``, ``device`` and ``dtype`` are compared where the caller knows them.
+    """
     found = load(path)
     if foreign_ok:
         return found
     for what, theirs, ours in (
         ("model", found.model, model),
+        ("set of weights", found.model_digest, digest or found.model_digest),
         ("CPU", found.machine.cpu, _cpu()),
         ("number of cores", found.machine.cores, os.cpu_count() or 1),
         ("number of torch threads", found.machine.threads, threads),
+        ("device", found.machine.device.partition(":")[0], device or found.machine.device.partition(":")[0]),
+        ("dtype", found.machine.dtype, dtype or found.machine.dtype),
     ):
         if theirs != ours:
             raise CalibrationError(
@@ -180,6 +205,57 @@ def load_for(path: Path, threads: int, model: str, foreign_ok: bool = False) -> 
                 fix="doorbuster calibrate    (45 s), or --accept-foreign-calibration",
             )
     return found
+
+
+def for_model(
+    model: ModelConfig, path: Path | None = None, foreign_ok: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Calibration:
+    """The costs of a scenario's model here, from ``path`` or where ``calibrate`` leaves them.
+
+    The fake model runs at SmolLM2's pace as ``serve`` lets it: this machine's if it was measured, else the bundled
+    reference's; times ``fake_speed``.
+    """
+    name = FAKE_PACE if model.name == FAKE else model.name
+    _, _, threads = share_cores(model.threads)
+    try:
+        given = path or default_path(name)
+        if foreign_ok or not given.is_file():
+            found = load_for(given, threads, name, foreign_ok)
+        else:
+            device = device_of(model.device)
+            digest = "" if model.name == FAKE else prepare(name, lambda line: None).digest
+            found = load_for(given, threads, name, False, digest, device, DTYPES.get(device, ""))
+    except CalibrationError as error:
+        if model.name != FAKE or path is not None:
+            raise
+        found = load(data_path("calibrations", f"{FAKE_PACE}-reference.json"))
+        say(f"the fake model runs at the bundled pace of {found.machine.cpu}: here, {FAKE_PACE} is {error.what}")
+        return _faster(found, model)
+    for doubt in found.doubts():
+        say(f"warning: the calibration is doubtful: {doubt}; `doorbuster calibrate` on a quiet machine")
+    return _faster(found, model)
+
+
+def _faster(found: Calibration, model: ModelConfig) -> Calibration:
+    if model.name != FAKE or model.fake_speed == 1:
+        return found
+    terms = {name: getattr(found.cost, name) / model.fake_speed for name in found.cost.__struct_fields__}
+    return msgspec.structs.replace(found, cost=StepCost(**terms))
+
+
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # what the loader takes by itself
+
+
+def device_of(asked: str) -> str:
+    """What ``auto`` will come to; torch, which takes two seconds, is asked only where there may be a GPU."""
+    if asked != "auto":
+        return asked
+    if platform.system() == "Linux" and not Path("/dev/nvidiactl").exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cpu() -> str:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 
+import numpy as np
 import simpy
 
 from engine.events import (
@@ -18,11 +19,13 @@ from engine.events import (
     Answer,
     Arrive,
     Cancel,
+    DropVector,
     Ended,
     FindSimilar,
     GatewayAction,
     GatewayEvent,
     LevelRecord,
+    Neighbour,
     Plan,
     Record,
     Reject,
@@ -32,15 +35,20 @@ from engine.events import (
     RunStep,
     Similar,
     StepDone,
+    StoreVector,
     Submit,
     Wake,
 )
 from engine.ledger.journal import JournalWriter
 from engine.model.counting import CountingRunner
+from engine.model.index import VectorIndex
 from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
+from engine.service.driver import Word
+from engine.units import ms_to_ns
 from engine.values import Section
+from sim.twin.encoder import EncoderServer
 
 Teller = Callable[[GatewayEvent], None]
 
@@ -54,6 +62,7 @@ class Rank(IntEnum):
     WAKE = 5
     TO_REPLICA = 6
     TURN = 7
+    ENCODER = 8
 
 
 class Lags(Section):
@@ -92,9 +101,13 @@ class GatewaySim:
         answer_of: Callable[[int], tuple[str, int]],
         journal: JournalWriter | None = None,
         check: bool = False,
+        encoder: EncoderServer | None = None,
+        dims: int = 384,
     ) -> None:
         """``answer_of(rid)``: id and bytes of the text that a request's computation would give."""
         self.env, self.machine, self._lags, self._answer_of = env, machine, lags, answer_of
+        self._encoder, self._index = encoder, VectorIndex(dims)
+        self._fresh: dict[bytes, np.ndarray] = {}
         self._journal, self._check = journal, check
         self.replica: ReplicaSim | None = None
         self.records: list[RequestRecord | LevelRecord] = []
@@ -102,6 +115,7 @@ class GatewaySim:
         self._rid_of: dict[int, int] = {}
         self._waiting: dict[int, None] = {}  # clients without an answer
         self._inbox: deque[GatewayEvent] = deque()
+        self._busy = False
         self._armed_ns: int | None = None
 
     def arrive(self, ask: Arrive) -> None:
@@ -118,6 +132,9 @@ class GatewaySim:
     def tell(self, event: GatewayEvent) -> None:
         """An event has come."""
         self._inbox.append(event)
+        if self._busy:
+            return
+        self._busy = True
         while self._inbox:
             event = self._inbox.popleft()
             if isinstance(event, Ended):
@@ -129,6 +146,7 @@ class GatewaySim:
                 self.machine.check()
             for action in actions:
                 self._carry_out(action)
+        self._busy = False
         self._arm()
 
     def _with_answer(self, event: Ended) -> Ended:
@@ -148,13 +166,33 @@ class GatewaySim:
                 self._send(action)
             case Abort():
                 self._send(action)
-            case FindSimilar(rid=rid):
-                self._inbox.append(Similar(rid))
+            case FindSimilar():
+                self._look(action)
+            case StoreVector(hard_key=hard_key, text_key=text_key):
+                if (vector := self._fresh.get(text_key)) is not None:
+                    self._index.add(hard_key, text_key, vector)
+            case DropVector(hard_key=hard_key, text_key=text_key):
+                self._index.remove(hard_key, text_key)
             case Answer(rid=rid) | Reject(rid=rid):
                 del self._waiting[rid]
                 self.answers.append(action)
             case Record(record=record):
                 self.records.append(record)
+
+    def _look(self, ask: FindSimilar) -> None:
+        if self._encoder is None:
+            self._inbox.append(Similar(ask.rid, status="unfit"))
+            return
+        deadline_ns = now_ns(self.env) + ms_to_ns(self.machine.config.semantic.deadline_ms)
+        self._encoder.encode(ask.text_key, deadline_ns, lambda vector, word: self._found(ask, vector, word))
+
+    def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
+        if vector is None:
+            self.tell(Similar(ask.rid, status=word))
+            return
+        self._fresh[ask.text_key] = vector
+        near = self._index.search(ask.hard_key, vector, ask.at_most)
+        self.tell(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
 
     def _send(self, message: Submit | Abort) -> None:
         replica = self.replica

@@ -77,11 +77,31 @@ def _machine(journal: Journal, sets: tuple[str, ...]) -> Gateway | Replica:
     return Gateway(config) if isinstance(config, GatewayConfig) else Replica(config)
 
 
+def replay_all(path: Path, sets: tuple[str, ...] = ()) -> list[Replayed]:
+    """A journal, or all of a run folder: there each of ``sets`` goes to the journals whose config has its section."""
+    journals = journals_of(path)
+    if path.is_file():
+        return [replay(path, sets)]
+    trees = {journal: msgspec.json.decode(open_journal(journal).header.config) for journal in journals}
+    known = sorted({section for tree in trees.values() for section in tree})
+    for item in sets:
+        if _section(item) not in known:
+            raise ScenarioError(
+                f"no journal here was made with a section {_section(item)!r}", where="--set",
+                why=f"their sections: {', '.join(known)}", fix="a workload is replayed as it was: doorbuster sim",
+            )
+    return [replay(journal, tuple(i for i in sets if _section(i) in tree)) for journal, tree in trees.items()]
+
+
+def _section(item: str) -> str:
+    return overlay({}, item).partition(".")[0]  # complains of what sets nothing
+
+
 def journals_of(path: Path) -> list[Path]:
-    """A journal file, or all journals of a run folder."""
+    """A journal file, or all journals of a run folder; a demo's twin comes last."""
     if path.is_file():
         return [path]
-    found = sorted(path.glob("journal/*.ndjson"))
+    found = [*sorted(path.glob("journal/*.ndjson")), *sorted(path.glob("twin/journal/*.ndjson"))]
     if not found:
         raise JournalError("no journal here", where=str(path), fix="give a run folder, or a file of its journal/")
     return found

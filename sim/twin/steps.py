@@ -1,15 +1,16 @@
-"""A replica's journal as steps: what ran when, of which shape, for how long. For utilisation and cost errors."""
+"""A replica's journal as steps: what ran when, of which shape, for how long; and how well costs are known there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import msgspec
 
 from engine.events import Plan, RunStep, StepDone, StepShape
 from engine.ledger.journal import open_journal
-from engine.model.stepcost import StepCost
+from sim.twin.cost import Calibration
 
 
 class LoggedStep(msgspec.Struct, frozen=True, gc=False):
@@ -32,6 +33,41 @@ def logged_steps(journal: Path) -> Iterator[LoggedStep]:
             planned = None
 
 
-def predicted_ns(cost: StepCost, step: LoggedStep) -> int:
-    """What the cost model says of it."""
-    return sum(cost.ns(step.shape, later) for later in range(step.steps))
+def shapes(step: LoggedStep) -> Iterator[StepShape]:
+    """Each step of a run of them: from one to the next, every decode row has grown by a token."""
+    first = step.shape
+    for later in range(step.steps):
+        yield msgspec.structs.replace(first, decode_kv_tokens=first.decode_kv_tokens + later * first.decode_rows)
+
+
+def outside_share(calibration: Calibration, journal: Path) -> tuple[float, int]:
+    """(share of the steps that lie outside of what was measured, number of steps)."""
+    outside = [calibration.outside(shape) for step in logged_steps(journal) for shape in shapes(step)]
+    return sum(outside) / max(1, len(outside)), len(outside)
+
+
+def outside_words(calibration: Calibration, journal: Path) -> str:
+    """The same, for people."""
+    share, count = outside_share(calibration, journal)
+    return f"{share:.1%} of {count:,} twin steps lie outside of the calibrated range"
+
+
+class CostError(msgspec.Struct, frozen=True):
+    """Predicted against measured time of a journal's steps, relative."""
+
+    steps: int
+    median: float  # of the absolute errors
+    total: float  # of the sums
+
+    def __str__(self) -> str:
+        return f"median {self.median:.1%}, total {self.total:+.1%} ({self.steps:,} runs of steps)"
+
+
+def cost_error(calibration: Calibration, journal: Path) -> CostError:
+    """How well the costs fit what a live replica did; what lies between its steps is left out."""
+    cost = calibration.cost
+    pairs = [(sum(map(cost.ns, shapes(step))), step.ns) for step in logged_steps(journal) if step.ns > 0]
+    if not pairs:
+        return CostError(0, 0.0, 0.0)
+    total = sum(said for said, _ in pairs) / sum(took for _, took in pairs) - 1
+    return CostError(len(pairs), median(abs(said / took - 1) for said, took in pairs), total)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import simpy
 
 from engine.config import Scenario, TenantConfig, gateway_config, replica_config
@@ -20,6 +21,7 @@ from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
 from sim.twin.driver import GatewaySim, Lags, Rank, ReplicaSim, at, now_ns
+from sim.twin.encoder import EncoderCost, EncoderServer
 
 
 class TwinArrival(msgspec.Struct, frozen=True, gc=False):
@@ -59,8 +61,13 @@ class TwinSystem:
         folder: Path | None = None,
         env: simpy.Environment | None = None,
         check: bool = False,
+        encoder: EncoderCost | None = None,
+        vectors: dict[bytes, np.ndarray] | None = None,
     ) -> None:
-        """``folder``: journals are written to its ``journal/``. ``check``: invariants after every event (slow)."""
+        """``folder``: journals are written to its ``journal/``. ``check``: invariants after every event (slow).
+
+        ``vectors``: of the questions, by text key; with ``encoder`` they make the semantic tier.
+        """
         self.env = env if env is not None else simpy.Environment(0)
         self._emit_ns = lags.emit_ns
         self._by_rid = {arrival.ask.rid: arrival for arrival in arrivals}
@@ -70,7 +77,16 @@ class TwinSystem:
             JournalWriter(folder / "journal" / "replica-0.ndjson", "replica", replica, hasher.key),
         ]
         journals: list[JournalWriter] | list[None] = self._journals or [None, None]
-        self.gateway = GatewaySim(self.env, Gateway(gateway), lags, self._answer_of, journals[0], check)
+        server, dims = None, 384
+        if encoder is not None and vectors:
+            dims = len(next(iter(vectors.values())))
+            server = EncoderServer(
+                lambda: now_ns(self.env), lambda wait_ns, call: at(self.env, Rank.ENCODER, wait_ns, call), encoder,
+                vectors,
+            )
+        self.gateway = GatewaySim(
+            self.env, Gateway(gateway), lags, self._answer_of, journals[0], check, server, dims
+        )
         self.replica = ReplicaSim(
             self.env, Replica(replica), CountingRunner(hasher), cost, lags,
             lambda rid: self._by_rid[rid].output_tokens, self.gateway.tell, journals[1], check,

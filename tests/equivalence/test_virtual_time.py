@@ -15,11 +15,13 @@ import pytest
 
 from engine.config import (
     BatcherConfig,
+    BreakerConfig,
     ClassConfig,
     ExactConfig,
     LimiterConfig,
     PrefixConfig,
     Scenario,
+    SemanticConfig,
     TenantConfig,
     gateway_config,
     replica_config,
@@ -38,9 +40,12 @@ from engine.policy.replica import Replica
 from engine.service.driver import GatewayDriver
 from engine.units import S_NS
 from sim.twin.driver import Lags
+from sim.twin.encoder import EncoderCost
 from sim.twin.system import TwinArrival, TwinSystem
-from tests.equivalence.virtual import InProcessReplica, VirtualLoop
+from tests.equivalence.virtual import InProcessReplica, VirtualEncoder, VirtualLoop
 
+ENCODER = EncoderCost(fixed_ns=31_000_003, text_ns=9_000_011, max_batch=4)
+DIMS = 8
 COST = StepCost(
     fixed_ns=21_000_017, prefill_token_ns=1_900_003, prefill_row_ns=500_009, decode_row_ns=2_500_001,
     decode_kv_ns=4_001, area_ns=301,
@@ -54,13 +59,21 @@ def scenario() -> Scenario:
         name="tight",
         classes={
             "fraud": ClassConfig("critical", slo_ttft_ms=1000, max_tokens=4, caches="none", pinned=True),
-            "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000),
-            "tips": ClassConfig("sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt"),
+            "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000, caches="semantic"),
+            "tips": ClassConfig(
+                "sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt", caches="semantic"
+            ),
         },
         batcher=BatcherConfig(step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6),
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
         exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002),
         limiter=LimiterConfig(rate_rps=500, burst=500),
+        semantic=SemanticConfig(
+            deadline_ms=45, cosine=0.97, approximate_cosine=0.9, ttl_s=4.0, stale_s=10.0, max_entries=30
+        ),
+        encoder_breaker=BreakerConfig(
+            window="count", window_size=8, minimum_calls=4, slow_share=0.5, open_ms=700, half_open_permits=2
+        ),
     )
 
 
@@ -77,6 +90,7 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
         name = str(rng.choice(list(system), p=[0.1, 0.5, 0.4]))
         topic = int(rng.zipf(1.4)) % 40 if name != "fraud" else 1000 + rid
         words = f"question {topic} about the {'very ' * (topic % 13)}thing number {topic * topic}"
+        words += " please" * int(rng.integers(0, 3)) if name != "fraud" else ""
         said = encode(words)[:23]
         prompt = system[name] + said
         tenant = "greedy" if name == "tips" and rid % 3 == 0 else "shop"
@@ -84,6 +98,7 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
         ask = Arrive(
             rid, f"r{rid}", tenant, name, round(at_s * S_NS), len(prompt), cls.max_tokens,
             exact_key=hasher.digest("exact", tenant, name, decode(prompt)), text_key=hasher.digest("text", words),
+            hard_key=hasher.digest("hard", tenant, name),
             blocks=hasher.chain(hasher.root(tenant, "fake"), prompt),
             pinned_blocks=len(system[name]) // 16 if cls.pinned else 0,
         )
@@ -92,6 +107,17 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
         gives_up_ns = ask.arrived_ns + round(rng.exponential(2.0) * S_NS) if rid % 9 == 0 else None
         arrival = TwinArrival(ask, len(answer), hasher.digest("answer", text).hex(), len(text), gives_up_ns)
         out.append((ask, prompt, answer, arrival))
+    return out
+
+
+def vectors(asks: list[Arrive]) -> dict[bytes, np.ndarray]:
+    """Made up: near one another where text keys are of one question, as far as a test needs it."""
+    out: dict[bytes, np.ndarray] = {}
+    for ask in asks:
+        rng = np.random.default_rng(int.from_bytes(ask.text_key[:4], "big"))
+        topic = np.random.default_rng(len(out) % 17).normal(size=DIMS)
+        vector = topic / np.linalg.norm(topic) + 0.12 * rng.normal(size=DIMS)
+        out.setdefault(ask.text_key, (vector / np.linalg.norm(vector)).astype(np.float32))
     return out
 
 
@@ -111,6 +137,7 @@ def run_live(folder: Path, seed: int) -> None:
         Gateway(config), loop.now_ns, link, hasher, lambda: Detokenizer(small_tokenizer()),
         {"fallback:tips": "these five"},
         JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
+        encoder=VirtualEncoder(loop, ENCODER, vectors([ask for ask, *_ in requests])), dims=DIMS,
     )
 
     async def sale() -> None:
@@ -134,7 +161,10 @@ def run_live(folder: Path, seed: int) -> None:
 def run_twin(folder: Path, seed: int) -> None:
     hasher = Hasher(b"key", 16)
     arrivals = [arrival for *_, arrival in workload(hasher, seed)]
-    TwinSystem(scenario(), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True).run()
+    known = vectors([arrival.ask for arrival in arrivals])
+    TwinSystem(
+        scenario(), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True, encoder=ENCODER, vectors=known
+    ).run()
 
 
 def lines(folder: Path, name: str) -> list[GatewayEntry | ReplicaEntry]:
@@ -152,7 +182,8 @@ def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int)
         assert len(live) == len(twin)
     text = (tmp_path / "live/journal/gateway-0.ndjson").read_text()
     for what in ('"tier":"exact"', '"tier":"coalesced"', '"tier":"approximate"', '"tier":"fallback"', "rate_limited",
-                 "overloaded", '"LevelRecord"', '"DropAnswer"', '"level":2', '"Cancel"', '"Abort"', '"deadline"'):
+                 "overloaded", '"LevelRecord"', '"tier":"semantic"', '"StoreVector"', '"DropVector"', '"status":"late"',
+                 '"DropAnswer"', '"level":2', '"Cancel"', '"Abort"', '"deadline"'):
         assert what in text, f"the workload no longer exercises {what}"
     assert any(e.at_most > 1 for entry in lines(tmp_path / "live", "replica-0.ndjson") for e in entry.actions
                if hasattr(e, "at_most")), "the workload no longer runs several steps at once"

@@ -9,11 +9,15 @@ import asyncio
 import selectors
 from collections.abc import Callable
 
+import numpy as np
+
 from engine.model.fake import FakeRunner
 from engine.model.stepcost import StepCost
 from engine.model.wire import Output, ToReplica
 from engine.model.worker import ReplicaDriver
+from engine.service.driver import Word
 from engine.units import S_NS
+from sim.twin.encoder import EncoderCost, EncoderServer
 
 
 class _NoWait(selectors.SelectSelector):
@@ -50,6 +54,22 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def now_ns(self) -> int:
         """Exact: a float second holds nanoseconds without loss for months."""
         return round(self._now_s * S_NS)
+
+
+class VirtualEncoder:
+    """The driver's Encoder on the virtual loop: the twin's own server with the twin's costs."""
+
+    def __init__(self, loop: VirtualLoop, cost: EncoderCost, vectors: dict[bytes, np.ndarray]) -> None:
+        self._loop = loop
+        self._server = EncoderServer(loop.now_ns, self._later, cost, vectors)
+
+    def encode(
+        self, text_key: bytes, text: str, deadline_s: float, done: Callable[[np.ndarray | None, Word], None]
+    ) -> None:
+        self._server.encode(text_key, self._loop.now_ns() + round(deadline_s * S_NS), done)
+
+    def _later(self, wait_ns: int, call: Callable[[], None]) -> None:
+        self._loop.call_at((self._loop.now_ns() + wait_ns) / S_NS, call)
 
 
 class InProcessReplica:

@@ -13,6 +13,7 @@ import copy
 import random
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.config import (
+    BreakerConfig,
     ClassConfig,
     ExactConfig,
     GatewayConfig,
@@ -53,6 +55,7 @@ from engine.events import (
     Waiting,
     Wake,
 )
+from engine.policy.breaker import Breaker
 from engine.policy.gateway import Gateway, fallback_id
 from engine.policy.overload import Overload
 from engine.units import MS_NS, S_NS
@@ -60,26 +63,33 @@ from tests.policy.worlds import digest_of, replayed_elsewhere
 
 CLASSES = {
     "fraud": ClassConfig(criticality="critical", caches="none", slo_ttft_ms=500, timeout_ms=2_000),
-    "vip": ClassConfig(criticality="critical", slo_ttft_ms=500, timeout_ms=3_000),
-    "chat": ClassConfig(criticality="standard", slo_ttft_ms=1_000, timeout_ms=4_000),
-    "help": ClassConfig(criticality="standard", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="help.txt"),
-    "reco": ClassConfig(criticality="sheddable", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="reco.txt"),
-    "tips": ClassConfig(criticality="sheddable", slo_ttft_ms=1_000, timeout_ms=3_000),
+    "vip": ClassConfig(criticality="critical", caches="semantic", slo_ttft_ms=500, timeout_ms=3_000),
+    "chat": ClassConfig(criticality="standard", caches="semantic", slo_ttft_ms=1_000, timeout_ms=4_000),
+    "help": ClassConfig(
+        criticality="standard", caches="semantic", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="help.txt"
+    ),
+    "reco": ClassConfig(
+        criticality="sheddable", caches="semantic", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="reco.txt"
+    ),
+    "tips": ClassConfig(criticality="sheddable", caches="semantic", slo_ttft_ms=1_000, timeout_ms=3_000),
 }
-TOKENS = 1_000_000  # the bucket of "rich": so large and refilled so slowly that every token can be counted
+TOKENS = {"rich": 1_000_000, "small": 1_000}  # their buckets, refilled so slowly that every token can be counted
 POOR_BURST = 6
 TENANTS = {
     "rich": TenantConfig(tokens_per_s=1e-6),
+    "small": TenantConfig(tokens_per_s=1e-9),
     "poor": TenantConfig(burst=POOR_BURST, rate_rps=1e-9),
 }
 TTL_NS, KEEP_NS = 2 * S_NS, 6 * S_NS
 
 
-def config(semantic: bool = True, exact: bool = True) -> GatewayConfig:
+def config(semantic: bool = True, exact: bool = True, breaker: bool = True) -> GatewayConfig:
     return GatewayConfig(
         classes=CLASSES, tenants=TENANTS, limiter=LimiterConfig(token_burst_s=1e12), index=3,
         exact=ExactConfig(enabled=exact, ttl_s=2, stale_s=4), semantic=SemanticConfig(enabled=semantic),
         overload=OverloadConfig(window_ms=250, quiet_windows=3),
+        breaker=BreakerConfig(enabled=breaker, window="count", window_size=6, minimum_calls=4, open_ms=1_000),
+        encoder_breaker=BreakerConfig(enabled=False),  # its encoder is always late: hits have a test of their own
     )
 
 
@@ -90,6 +100,7 @@ class Flight:
     submit: Submit
     key: bytes
     source: str
+    permit: int
     riders: list[Trip]
     started: bool = False
     aborted: bool = False
@@ -109,6 +120,8 @@ class Trip:
     asked: bool = False
     waits_for_similar: bool = False
     leads: bool = False
+    reserved: int = 0
+    used: int = 0
     first_ns: int | None = None
     outcome: str = ""
     row: dict[str, object] = field(default_factory=dict)  # what its record holds beside the obvious
@@ -131,7 +144,7 @@ class GatewayWorld:
         self.arrived: list[Arrive] = []
         self.draining = False
         self.poor = 0
-        self.used = 0  # tokens that "rich" has to pay
+        self.balance = dict(TOKENS)
         self.want: list[GatewayAction] = []
         self.journal: list[tuple[int, GatewayEvent, list[GatewayAction]]] = []
         # what the outside world has seen
@@ -140,7 +153,8 @@ class GatewayWorld:
         self.rows: dict[str, RequestRecord] = {}
         self.texts: dict[str, None] = {}  # the driver keeps these
         self.next_sid = config.index << 40
-        self.overload = Overload(config.overload, CLASSES)
+        self.overload = Overload(config.overload, CLASSES)  # these two have tests of their own
+        self.breaker = Breaker(config.breaker)
         self.last_word: tuple[Waiting, ...] = ()
         self.acked_sid = -1
 
@@ -152,23 +166,25 @@ class GatewayWorld:
         rid = len(self.arrived)
         ask = Arrive(
             rid, f"r{rid}", tenant, traffic_class, self.now_ns - late_ns, prompt_tokens=prompt, max_tokens=4,
-            exact_key=key, text_key=key, blocks=(b"x",), pinned_blocks=1,
+            exact_key=key, hard_key=b"hard", text_key=key, blocks=(b"x",), pinned_blocks=1,
         )
         self.arrived.append(ask)
         self.poor += tenant == "poor"
 
         def spec() -> None:
             self._observe()
-            trip = Trip(ask, self.level, key if CLASSES[traffic_class].caches == "exact" else b"")
+            trip = Trip(ask, self.level, key if CLASSES[traffic_class].caches != "none" else b"")
             self.trips[rid] = trip
-            if tenant == "poor" and self.poor > POOR_BURST:
+            cost = prompt + 4
+            if (tenant == "poor" and self.poor > POOR_BURST) or self.balance.get(tenant, cost) < cost:
                 self._reject(trip, "rate_limited", None)
-                self._close(trip)
-            elif self.draining:
+                return self._close(trip)
+            trip.reserved = cost
+            self._pay(tenant, cost)
+            if self.draining:
                 self._reject(trip, "draining", S_NS)
-                self._close(trip)
-            else:
-                self._way(trip)
+                return self._close(trip)
+            return self._way(trip)
 
         self._tell(ask, spec)
         return rid
@@ -182,7 +198,7 @@ class GatewayWorld:
                 trip.waits_for_similar = False
                 self._way(trip)
 
-        self._tell(Similar(rid), spec)
+        self._tell(Similar(rid, status="late"), spec)
 
     def first_token(self, sid: int) -> None:
         def spec() -> None:
@@ -277,9 +293,10 @@ class GatewayWorld:
             row = self.rows[ask.request_id]
             assert (ask.rid in self.heard) != (ask.rid in self.gone), "an answer, a refusal, or gone before either"
             assert (row.outcome == "cancelled") == (ask.rid in self.gone)
-        for more in (0, 1):
-            verdict = copy.deepcopy(self.machine.limiter).take(self.now_ns, "rich", TOKENS - self.used + more)
-            assert verdict.ok != more, "tokens: every reservation is settled once, for what was used"
+        for tenant, tokens in self.balance.items():
+            for more in (0, 1):
+                verdict = copy.deepcopy(self.machine.limiter).take(self.now_ns, tenant, tokens + more)
+                assert verdict.ok != more, "tokens: every reservation is settled once, for what was used"
 
     # ------------------------------------------------------------ the specification
 
@@ -300,7 +317,7 @@ class GatewayWorld:
     def _way(self, trip: Trip) -> None:
         if trip.key and (hit := self._cached(trip)):
             tier, (answer_id, stored_ns, source, outputs) = hit
-            trip.row |= {"tier": tier, "answer_id": answer_id, "output_tokens": outputs}
+            trip.row |= {"tier": tier, "answer_id": answer_id, "output_tokens": outputs, "source": source}
             trip.first_ns = self.now_ns
             self._serve(trip, Answer(trip.ask.rid, tier, answer_id, trip.level, self.now_ns - stored_ns, source))
             self._close(trip)
@@ -311,13 +328,16 @@ class GatewayWorld:
             self.want.append(Attach(trip.ask.rid, flight.submit.sid))
         elif trip.key and self.config.semantic.enabled and not trip.asked:
             trip.asked = trip.waits_for_similar = True
-            self.want.append(FindSimilar(trip.ask.rid, trip.key))
+            self.want.append(FindSimilar(trip.ask.rid, b"hard", trip.key, 8))
         elif {0: False, 1: self.level >= 3, 2: self.level >= 2}[trip.cls.priority]:
             levels = self.level - (2 if trip.cls.priority == 1 else 1)  # down to 2, or to 1
             self._fall_back(trip, "overloaded", max(S_NS, levels * 3 * 250 * MS_NS))
             self._close(trip)
+        elif (permit := self.breaker.acquire(self.now_ns)) is None:
+            self._fall_back(trip, "breaker_open", self.breaker.retry_after_ns(self.now_ns))
+            self._close(trip)
         else:
-            self._lead(trip)
+            self._lead(trip, permit)
 
     def _cached(self, trip: Trip) -> tuple[str, tuple[str, int, str, int]] | None:
         entry = self.cache.get(trip.key)
@@ -328,7 +348,7 @@ class GatewayWorld:
             return "approximate", entry
         return None
 
-    def _lead(self, trip: Trip) -> None:
+    def _lead(self, trip: Trip, permit: int) -> None:
         ask, cls = trip.ask, trip.cls
         submit = Submit(
             self.next_sid, ask.rid, ask.tenant, ask.traffic_class, cls.priority, self.now_ns,
@@ -336,7 +356,7 @@ class GatewayWorld:
         )
         self.next_sid += 1
         trip.leads, trip.row["replica"] = True, 0
-        flight = self.flights[submit.sid] = Flight(submit, trip.key, ask.request_id, [trip])
+        flight = self.flights[submit.sid] = Flight(submit, trip.key, ask.request_id, permit, [trip])
         if trip.key:
             self.by_key[trip.key] = flight
         self.want.append(submit)
@@ -346,8 +366,10 @@ class GatewayWorld:
         leads = trip is flight.riders[0]
         if not leads and not trip.outcome and ended.reason in ("aborted", "deadline", "draining"):
             return self._way(trip)
-        if leads and ended.computed_tokens and trip.ask.tenant == "rich":
-            self.used += trip.ask.prompt_tokens + ended.output_tokens
+        if leads:
+            self.breaker.release(self.now_ns, flight.permit, "ok" if good else self._verdict(ended.reason))
+        if leads and ended.computed_tokens:
+            trip.used = trip.ask.prompt_tokens + ended.output_tokens
         if leads and good and trip.key and ended.answer_id and self.config.exact.enabled:
             self.cache[trip.key] = (ended.answer_id, self.now_ns, trip.ask.request_id, ended.output_tokens)
             self.want.append(StoreAnswer(ended.answer_id, ended.sid))
@@ -355,6 +377,8 @@ class GatewayWorld:
         if leads:
             names = ("cached_tokens", "computed_tokens", "queue_ns", "preemptions")
             trip.row |= {name: getattr(ended, name) for name in names}
+        if good and not leads:
+            trip.row["source"] = flight.source
         if not trip.outcome:
             if good:
                 tier = trip.row["tier"] = "model" if leads else "coalesced"
@@ -365,6 +389,9 @@ class GatewayWorld:
             else:
                 self._fall_back(trip, "model_failed" if ended.reason == "failed" else "deadline_exceeded", None)
         return self._close(trip)
+
+    def _verdict(self, reason: EndReason) -> Literal["fail", "cancelled"]:
+        return "fail" if reason == "failed" else "cancelled"
 
     def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         if not trip.cls.fallback or trip.first_ns is not None:
@@ -401,6 +428,7 @@ class GatewayWorld:
     def _close(self, trip: Trip) -> None:
         ask = trip.ask
         del self.trips[ask.rid]
+        self._pay(ask.tenant, trip.used - trip.reserved)
         ttft_ns = None if trip.first_ns is None else trip.first_ns - ask.arrived_ns
         self.want.append(
             Record(
@@ -410,6 +438,10 @@ class GatewayWorld:
                 )
             )
         )
+
+    def _pay(self, tenant: str, tokens: int) -> None:
+        if tenant in self.balance:
+            self.balance[tenant] -= tokens
 
     def _due_ns(self, trip: Trip) -> int:
         return trip.ask.arrived_ns + trip.cls.timeout_ms * MS_NS
@@ -424,6 +456,9 @@ class GatewayWorld:
         spec()
         for action in actions:
             self._look(action)
+        if any(isinstance(a, StoreAnswer) for a in actions):
+            asked_for = {answer_id for answer_id, *_ in self.cache.values()}
+            assert set(self.texts) <= asked_for, "texts: none is kept for nothing"
         rest = [a for a in actions if not isinstance(a, DropAnswer)]
         for i, (got, want) in enumerate(zip(rest, self.want, strict=False)):
             if isinstance(want, Reject) and want.code == "rate_limited":  # how long is the limiter's own test
@@ -443,12 +478,13 @@ class GatewayWorld:
                 name = self.arrived[rid].traffic_class
                 if tier in ("exact", "approximate"):
                     assert action.answer_id in self.texts, "a cached answer's text is still there"
-                    assert CLASSES[name].caches == "exact"
+                    assert CLASSES[name].caches != "none"
                 if tier == "approximate":
                     assert CLASSES[name].criticality == "sheddable" and self.level >= 1
                 if tier in ("overloaded", "approximate", "fallback"):
                     assert CLASSES[name].criticality != "critical", "critical: the same at every level"
                 assert tier != "overloaded" or action.retry_after_ns >= S_NS
+                assert tier != "breaker_open" or action.retry_after_ns > 0
             case StoreAnswer(answer_id=answer_id):
                 self.texts[answer_id] = None
             case DropAnswer(answer_id=answer_id):
@@ -483,7 +519,7 @@ class GatewayMachine(RuleBasedStateMachine):
 
     @rule(
         traffic_class=st.sampled_from([*CLASSES]), key=st.sampled_from(KEYS), prompt=st.integers(1, 9),
-        tenant=st.sampled_from(["rich", "rich", "rich", "poor"]), late_ns=st.sampled_from([0, 0, 300 * MS_NS]),
+        tenant=st.sampled_from(["rich", "rich", "small", "poor"]), late_ns=st.sampled_from([0, 0, 300 * MS_NS]),
     )
     def arrive(self, **ask) -> None:
         self.world.arrive(**ask)
@@ -510,10 +546,10 @@ class GatewayMachine(RuleBasedStateMachine):
 
     @rule(
         ages_ms=st.dictionaries(st.sampled_from([*CLASSES]), st.sampled_from([0, 110, 260, 450, 700]), max_size=2),
-        acked=st.integers(-1, 3),
+        acked=st.integers(0, 3),
     )
     def pressure(self, ages_ms: dict[str, int], acked: int) -> None:
-        self.world.pressure(ages_ms, self.world.next_sid - acked)
+        self.world.pressure(ages_ms, self.world.next_sid - 1 - acked)
 
     @rule(back=st.integers(0, 12))
     def cancel(self, back: int) -> None:
@@ -564,8 +600,8 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
         what = r.random()
         if what < 0.4:
             world.arrive(
-                r.choice([*CLASSES]), r.choice(KEYS), r.choice(["rich", "rich", "rich", "poor"]),
-                late_ns=r.choice([0, 0, 300 * MS_NS]), prompt=r.randrange(1, 9),
+                r.choice([*CLASSES]), r.choice(KEYS), r.choice(["rich", "rich", "rich", "small", "poor"]),
+                late_ns=r.choice([0, 0, 300 * MS_NS]), prompt=r.choice([*range(1, 9), 150]),
             )
         elif what < 0.6 and waiting:
             world.similar(r.choice(waiting))
@@ -592,7 +628,7 @@ def test_long_random_traces(seed: int) -> None:
     rows = [*world.rows.values()]
     tiers = {row.tier for row in rows} | {row.error_code for row in rows} | {row.outcome for row in rows}
     assert tiers >= {"exact", "approximate", "coalesced", "fallback", "model", "cancelled"}
-    assert tiers >= {"rate_limited", "overloaded", "draining", "deadline_exceeded", "model_failed"}
+    assert tiers >= {"rate_limited", "overloaded", "draining", "deadline_exceeded", "model_failed", "breaker_open"}
 
 
 # ---------------------------------------------------------------- scenes
@@ -636,6 +672,15 @@ def test_an_answer_that_came_while_the_encoder_was_asked_is_taken() -> None:
     world.end(world.next_sid - 1, "stop")
     world.similar(second)
     assert world.heard[second].tier == "exact"
+    world.finish()
+
+
+def test_a_refused_request_gets_no_tokens_back() -> None:
+    world = GatewayWorld(config())
+    first, second = world.arrive("fraud", tenant="small", prompt=600), world.arrive("fraud", tenant="small", prompt=600)
+    assert first not in world.heard and world.heard[second].code == "rate_limited"
+    world.end(3 << 40, "stop", outputs=1)
+    assert world.balance["small"] == 1_000 - 601
     world.finish()
 
 
@@ -708,6 +753,26 @@ def test_a_failed_answer_reaches_all_riders_and_no_cache() -> None:
     world.end(world.next_sid - 1, "failed")
     assert [world.heard[rid].code for rid in started] == ["model_failed"] * 2, "half an answer cannot be taken back"
     assert not actions_of(world, StoreAnswer)
+    world.finish()
+
+
+def test_an_open_breaker_refuses_whom_no_cache_or_flight_can_help() -> None:
+    world = GatewayWorld(config(semantic=False))
+    world.arrive("vip", b"k")
+    world.end(3 << 40, "stop")
+    flying = world.arrive("chat", b"f")
+    for _ in range(4):
+        world.arrive("fraud")
+        world.end(world.next_sid - 1, "failed")
+    heard = [world.heard.get(world.arrive(name, key)) for name, key in (("fraud", b""), ("help", b"x"), ("chat", b"k"))]
+    assert (heard[0].code, heard[0].retry_after_ns) == ("breaker_open", S_NS)
+    assert (heard[1].tier, world.rows[f"r{heard[1].rid}"].error_code) == ("fallback", "breaker_open")
+    assert heard[2].tier == "exact"
+    assert world.arrive("chat", b"f") not in world.heard, "rides"
+    world.end((3 << 40) + 1, "stop")
+    assert world.heard[flying].tier == "model"
+    world.time_passes(S_NS)
+    assert [world.arrive("fraud") in world.heard for _ in range(5)] == [False] * 4 + [True], "then so many probes"
     world.finish()
 
 
@@ -796,9 +861,10 @@ def test_timeout_is_a_504_and_settles_later() -> None:
     assert world.heard[alone] == Reject(alone, "deadline_exceeded")
     assert actions_of(world, Abort) == [Abort(3 << 40)]
     assert not world.rows, "the record waits for the replica's word on what was used"
+    assert world.balance["rich"] == TOKENS["rich"] - 9 - 9
     world.end(3 << 40, "aborted", outputs=2)
     assert world.rows["r0"].output_tokens == 2
-    assert world.used == 5 + 2
+    assert world.balance["rich"] == TOKENS["rich"] - 7 - 9
     world.time_passes(S_NS)
     assert world.heard[asks].code == "deadline_exceeded"
     world.similar(asks)

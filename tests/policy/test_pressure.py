@@ -69,12 +69,29 @@ class PressuresMachine(RuleBasedStateMachine):
             want[name] = min(sent_ns, want.get(name, sent_ns))
         assert self.pressures.oldest_ns() == want
 
+    @rule(replica=st.integers(0, 1))
+    def die(self, replica: int) -> None:
+        self.words = [said(word.acked_sid, replica) if word.replica == replica else word for word in self.words]
+        self.pressures.lose(replica)
+
     def unheard(self, sid: int) -> bool:
         return sid not in self.left and all(word.acked_sid < sid for word in self.words)
 
 
 PressuresMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 TestPressures = PressuresMachine.TestCase
+
+
+def test_the_dead_keep_nobody_waiting() -> None:
+    pressures = Pressures()
+    pressures.hear(said(0, 0, chat=50))
+    pressures.hear(said(-1, 1, chat=70))
+    pressures.sent(flight_of(1, "chat", 100))
+    pressures.lose(0)
+    pressures.lose(5)  # never heard of
+    assert pressures.oldest_ns() == {"chat": 70}
+    pressures.lose(1)
+    assert pressures.oldest_ns() == {"chat": 100}, "it was sent, and has not ended yet"
 
 
 def test_a_burst_shows_before_the_replica_has_spoken() -> None:

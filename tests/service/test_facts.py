@@ -158,13 +158,14 @@ def test_greedy_needs_no_seed_and_a_sample_without_one_has_no_key(maker: FactMak
     assert arrive(maker, user("hi"), params=SamplingParams(0.5, seed=1))[0].exact_key != b""
 
 
-def test_the_text_key_is_the_last_user_turn_s(maker: FactMaker) -> None:
+def test_the_text_key_is_the_only_user_turn_s(maker: FactMaker) -> None:
     def key(*turns: dict[str, str]) -> bytes:
         return arrive(maker, *turns)[0].text_key
 
     answer = {"role": "assistant", "content": "well"}
-    assert key(user("hi")) == key(user(" hi\n")) == key(user("x"), answer, user("hi")) == key(user("hi"), answer)
+    assert key(user("hi")) == key(user(" hi\n")) != b""
     assert key(user("hi")) != key(user("Hi"))
+    assert key(user("x"), answer, user("hi")) == key(user("hi"), answer) == b"", "earlier turns matter"
 
 
 def test_tenants_share_no_block(maker: FactMaker) -> None:

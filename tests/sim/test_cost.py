@@ -14,10 +14,14 @@ import msgspec
 import numpy as np
 import pytest
 
+from engine.config import ModelConfig
 from engine.errors import CalibrationError
 from engine.events import StepShape
 from engine.model.stepcost import StepCost
-from sim.twin.cost import Calibration, StepSample, fit, load, load_for, save, this_machine
+from engine.scenario import data_path
+from engine.service.replicas import share_cores
+from sim.twin.calibrate import busy_words
+from sim.twin.cost import Calibration, StepSample, default_path, fit, for_model, load, load_for, save, this_machine
 from sim.twin.driver import Lags
 
 TRUE = StepCost(
@@ -109,3 +113,57 @@ def test_missing_damaged_and_old_files_are_explained(tmp_path: Path) -> None:
     save(calibration(version=99), tmp_path / "new.json")
     with pytest.raises(CalibrationError, match="version 99"):
         load(tmp_path / "new.json")
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"digest": "d2"}, "another set of weights: d1; here it is d2"),
+        ({"device": "cuda"}, "another device: cpu; here it is cuda"),
+        ({"dtype": "bfloat16"}, "another dtype: float32; here it is bfloat16"),
+    ],
+)
+def test_other_weights_and_devices_are_refused_where_they_are_known(
+    tmp_path: Path, asked: dict[str, str], what: str
+) -> None:
+    save(calibration(), tmp_path / "c.json")
+    with pytest.raises(CalibrationError, match=what):
+        load_for(tmp_path / "c.json", 1, "smollm2", **asked)
+    assert load_for(tmp_path / "c.json", 1, "smollm2", digest="d1", device="cpu", dtype="float32").model == "smollm2"
+    assert load_for(tmp_path / "c.json", 1, "smollm2", True, **asked).model == "smollm2"
+
+
+def test_a_cuda_calibration_names_its_card_and_still_fits(tmp_path: Path) -> None:
+    made = calibration()
+    save(msgspec.structs.replace(made, machine=msgspec.structs.replace(made.machine, device="cuda:0")), tmp_path / "c")
+    assert load_for(tmp_path / "c", 1, "smollm2", device="cuda").machine.device == "cuda:0"
+    with pytest.raises(CalibrationError, match="another device: cuda; here it is cpu"):
+        load_for(tmp_path / "c", 1, "smollm2", device="cpu")
+
+
+def test_a_busy_machine_is_told() -> None:
+    good = calibration()
+    assert good.doubts() == [] and busy_words(good) == []
+    replaced = msgspec.structs.replace
+    stalled = replaced(good, fit=replaced(good.fit, steps=94, stalls=6))
+    wrong = replaced(good, fit=replaced(good.fit, trace_mape=0.101))
+    assert "6 of 100 designed steps stalled" in stalled.doubts()[0]
+    assert "held-out traces 10.1%" in wrong.doubts()[0]
+    assert "the machine was busy" in busy_words(stalled)[0]
+    assert replaced(good, fit=replaced(good.fit, steps=95, stalls=5, trace_mape=0.1)).doubts() == []
+
+
+def test_the_fake_model_has_the_pace_that_serve_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOORBUSTER_CACHE", str(tmp_path))
+    told: list[str] = []
+    reference = load(data_path("calibrations", "smollm2-reference.json"))
+    assert for_model(ModelConfig(name="fake"), say=told.append) == reference
+    assert "bundled" in told[0]
+    _, _, threads = share_cores(0)
+    made = calibration(machine=this_machine(threads, "2.13.0", "cpu", "float32"))
+    save(made, default_path("smollm2"))
+    assert for_model(ModelConfig(name="fake", device="cpu")) == made
+    twice = for_model(ModelConfig(name="fake", device="cpu", fake_speed=2.0))
+    assert twice.cost.fixed_ns == made.cost.fixed_ns / 2
+    with pytest.raises(CalibrationError, match="not measured on this machine yet"):
+        for_model(ModelConfig(name="tiny"))

@@ -1,12 +1,14 @@
 """Equivalence 1: a journal through fresh machines; a changed threshold; damage.
 
 Run: python -m pytest tests/sim/test_replay.py -q
-Mutations it caught: a gateway that keeps state in a class; a breaker verdict that depends on set order; comparing only
+Mutations it caught: a --set laid over the replicas of a folder; the twin's journals left out;
+a gateway that keeps state in a class; a breaker verdict that depends on set order; comparing only
 the number of actions; a torn line that is decoded.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from engine.errors import JournalError, ScenarioError
 from engine.model.blockhash import Hasher
 from sim.twin.driver import Lags
-from sim.twin.replay import journals_of, replay
+from sim.twin.replay import journals_of, replay, replay_all
 from sim.twin.system import TwinSystem
 from tests.equivalence.test_virtual_time import COST, TENANTS, scenario, workload
 
@@ -97,3 +99,41 @@ def test_mistakes_are_explained(run_folder: Path, tmp_path: Path) -> None:
         replay(run_folder / "journal" / "gateway-0.ndjson", ("overload.brownout=1",))
     with pytest.raises(JournalError, match="no journal here"):
         journals_of(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def demo_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same journals as live ones and, below them, as the twin's."""
+    folder = tmp_path_factory.mktemp("demo")
+    for base in (folder, folder / "twin"):
+        shutil.copytree(run_folder / "journal", base / "journal")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sets", "differ"),
+    [
+        ((), set()),
+        (("overload.brownout_share=0.1",), {"gateway-0.ndjson"}),
+        (("batcher.slots=5",), {"replica-0.ndjson"}),
+        (("batcher.slots=5", "overload.brownout_share=0.1"), {"gateway-0.ndjson", "replica-0.ndjson"}),
+    ],
+)
+def test_in_a_folder_each_setting_goes_where_it_belongs(
+    demo_folder: Path, sets: tuple[str, ...], differ: set[str]
+) -> None:
+    found = replay_all(demo_folder, sets)
+    names = [str(Path(r.journal).relative_to(demo_folder)) for r in found]
+    assert names == [f"{where}{kind}-0.ndjson" for where in ("journal/", "twin/journal/") for kind in
+                     ("gateway", "replica")]
+    assert {r.journal for r in found if not r.identical} == {r.journal for r in found if Path(r.journal).name in differ}
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [("workload.spike_factor=2", "no journal here was made with a section 'workload'"),
+     ("overload.brownout=1", "cannot set that in this gateway journal"), ("overload", "sets nothing")],
+)
+def test_what_no_machine_reads_is_said(demo_folder: Path, item: str, words: str) -> None:
+    with pytest.raises(ScenarioError, match=words):
+        replay_all(demo_folder, (item,))

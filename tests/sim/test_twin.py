@@ -10,7 +10,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.config import BatcherConfig, ClassConfig, OverloadConfig, PrefixConfig, Scenario, TenantConfig
+from engine.config import (
+    BatcherConfig,
+    BreakerConfig,
+    ClassConfig,
+    OverloadConfig,
+    PrefixConfig,
+    Scenario,
+    TenantConfig,
+)
 from engine.events import Arrive
 from engine.model.blockhash import Hasher
 from engine.model.stepcost import StepCost
@@ -29,6 +37,7 @@ def queue(slots: int, timeout_ms: int = 10_000_000) -> Scenario:
     )
     return Scenario(
         name="queue", classes={"c": cls}, overload=OverloadConfig(enabled=False),
+        breaker=BreakerConfig(enabled=False),
         batcher=BatcherConfig(step_tokens=4096, slots=slots, reserved_slots=0, reserved_blocks=0),
         prefix=PrefixConfig(enabled=False, blocks=4096, pinned_blocks=0),
     )
