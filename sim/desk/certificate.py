@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.units import S_NS
-from sim.desk.compare import ALL, BY_MODEL, METRICS, Comparison, Score, amount, confusion, ratios, said
+from sim.desk.compare import BY_MODEL, METRICS, Comparison, Score, confusion, ratios
+from sim.desk.comparison_words import ALL, amount, said
 from sim.desk.look import LOST, QUIET, TIER_COLOURS, TWIN, WIDTH_IN, headed, plain, styled, take_heading
 from sim.desk.page import CSS, GRID
 from sim.desk.report import ENV, inline_svg
@@ -105,7 +106,7 @@ def sentence(found: Comparison, names: tuple[str, str]) -> str:
     """The verdict in a sentence."""
     bad = sum(line.startswith("no") for line in found.lines)
     marks = len(found.lines)
-    what = f"{names[0]} and {names[1]} agree" if not bad else f"{names[0]} and {names[1]} do not agree"
+    what = f"{names[0].capitalize()} and {names[1]} {'do not agree' if bad else 'agree'}"
     count = f"all {marks} marks are met" if not bad else f"{bad} of {marks} marks are missed"
     return f"{what}: {count}; {100 * found.decision_agreement:.1f} % of {found.pairs} decisions are the same"
 
@@ -214,11 +215,13 @@ def ratio_over_time(pairs: pd.DataFrame, names: tuple[str, str] = ("live", "twin
         ratio = ratio.clip(1 / reach, reach)
         other = ~same & ratio.notna()
         if other.any():
-            axis.plot(at_s[other], ratio[other], "x", color=LOST, ms=4, mew=0.8, label="decided differently")
+            axis.plot(at_s[other], ratio[other], "x", color=LOST, ms=4, mew=0.8, clip_on=False,
+                      label="decided differently")
         for tier in TIERS:
             mine = same & (pairs["decision_a"] == tier) & ratio.notna()
             if mine.any():
-                axis.plot(at_s[mine], ratio[mine], ".", color=TIER_COLOURS[tier], ms=4, alpha=0.8, mew=0, label=tier)
+                axis.plot(at_s[mine], ratio[mine], ".", color=TIER_COLOURS[tier], ms=4, alpha=0.8, mew=0, clip_on=False,
+                          label=tier)
         by_model = ratio[same & (pairs["decision_a"] == "model")].dropna()
         grouped = by_model.groupby((at_s[by_model.index] // width).astype(int))
         middle = grouped.median()[grouped.size() >= FEWEST_IN_BIN]

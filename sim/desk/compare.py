@@ -10,10 +10,9 @@ The pass marks below are written down before a run is judged; a figure that miss
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -22,11 +21,18 @@ from scipy import stats
 
 from engine.config import ClassConfig
 from engine.errors import UserError
-from engine.units import MS_NS, S_NS, format_ns
-from sim.desk.series import P99_FROM, TIERS, bin_s, equals, rates
+from engine.units import MS_NS, S_NS
+from sim.desk.bootstrap import (
+    FLOOR_NS,
+    Bootstrap,
+    bootstrap_rule,
+    quantile_intervals,
+    wilson,
+)
+from sim.desk.comparison_words import ALL, Unit, verdict_line
+from sim.desk.series import P99_FROM, TIERS, bin_s, equals, level_by_bin, p95_by_bin, rates
 from sim.desk.summary import DEFLECTED, DEGRADED, SHED, Rate, good
 
-ALL = "all"
 BY_MODEL = "by the model"
 METRICS = {"ttft": "ttft_ns", "e2e": "e2e_ns"}
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -44,15 +50,9 @@ cached answer takes 3 ms, and 20 % of that are not the twin's to find."""
 
 # ---------------------------------------------------------------- how it is measured
 
-DRAWS = 500
-SEED = 20_100
-FLOOR_NS = MS_NS // 10  # an answer from a cache may take no time at all in the twin: no ratio to that
-FEWEST_PAIRS = 10  # for an interval
-FEWEST_BLOCKS = 5
 SLACK_NS = MS_NS  # the same arrival in two runs, after the runs' starts are laid over each other
 STRAYS = 0.01  # share of pairs that may miss it
 
-Unit: TypeAlias = Literal["%", "pp", "x", "", "/s", "ms", "level"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +93,6 @@ class Floor(msgspec.Struct, frozen=True):
 
     value: float
     times: float | None  # None where live does not differ from live
-
-
-class Bootstrap(msgspec.Struct, frozen=True):
-    """The rule: a block is twice the mean number of arrivals in a busy period, at most a fifth of all."""
-
-    draws: int
-    seed: int
-    block: int
-    busy_requests: float
-    capped: bool  # the busy period asks for longer blocks than the run has room for: intervals are too narrow
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -186,14 +176,6 @@ def confusion(pairs: pd.DataFrame) -> pd.DataFrame:
     return table.reindex(index=names, columns=names, fill_value=0).rename_axis(index=None, columns=None)
 
 
-def wilson(hits: int, n: int) -> Rate:
-    """A share with Wilson's 95 % interval."""
-    if n == 0:
-        return Rate()
-    interval = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
-    return Rate(hits / n, float(interval.low), float(interval.high))
-
-
 def ratios(pairs: pd.DataFrame, metric: str) -> pd.Series:
     """Second over first, pair by pair; missing where one of them was not served."""
     values = [_latency(pairs, METRICS[metric], s).clip(lower=FLOOR_NS) for s in ("a", "b")]
@@ -201,47 +183,6 @@ def ratios(pairs: pd.DataFrame, metric: str) -> pd.Series:
 
 
 # ---------------------------------------------------------------- intervals
-
-
-def bootstrap_rule(pairs: pd.DataFrame, draws: int = DRAWS, seed: int = SEED) -> Bootstrap:
-    """From the first run's busy periods: they last while a request that needs the model is in the system."""
-    n = len(pairs)
-    computed = pairs["replica_a"].notna() | equals(pairs["tier_a"], "model")
-    arrived = pairs["arrived_ns_a"].astype("float64")
-    ends = (arrived + pairs["e2e_ns_a"].astype("float64").fillna(0)).where(computed, -np.inf).cummax()
-    begins = computed & (arrived > ends.shift(fill_value=-np.inf))
-    busy = n / max(1, int(begins.sum()))
-    wanted, room = math.ceil(2 * busy), max(1, n // FEWEST_BLOCKS)
-    return Bootstrap(draws, seed, min(wanted, room), busy, wanted > room)
-
-
-def blocks(n: int, block: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of ``draws`` resamples of ``n`` things in a row: blocks with a random start, the end joined to the start.
-
-    Common to both runs of a pair, so what the arrivals do to both cancels in the difference.
-    """
-    rng = np.random.default_rng(seed)
-    for _ in range(draws):
-        starts = rng.integers(0, n, size=-(-n // block))
-        yield ((starts[:, None] + np.arange(block)) % n).ravel()[:n]
-
-
-def quantile_intervals(
-    first: np.ndarray, second: np.ndarray, at: list[float], block: int, draws: int = DRAWS, seed: int = SEED
-) -> list[tuple[float, float] | None]:
-    """95 % intervals of ``second``'s quantiles over ``first``'s, minus 1. Pairs in arrival order, NaN: not served."""
-    if len(first) < FEWEST_PAIRS:
-        return [None] * len(at)
-    found = []
-    for index in blocks(len(first), block, draws, seed):
-        a, b = (values[index] for values in (first, second))
-        a, b = a[~np.isnan(a)], b[~np.isnan(b)]
-        if len(a) and len(b):
-            found.append(np.quantile(b, at) / np.maximum(np.quantile(a, at), FLOOR_NS) - 1)
-    if len(found) < draws // 2:
-        return [None] * len(at)
-    low, high = np.quantile(np.array(found), [0.025, 0.975], axis=0)
-    return [(float(x), float(y)) for x, y in zip(low, high, strict=True)]
 
 
 # ---------------------------------------------------------------- the scores
@@ -325,12 +266,12 @@ def _quantile_scores(
             low, high = interval or (None, None)
             mark = MARKS.get(f"{metric}_{point}") if n >= FEWEST[point] and name != BY_MODEL else None
             near = abs(y - x) <= resolution
-            ok = None if mark is None else near or (change is not None and abs(change) <= mark)
-            within = change is not None and mark is not None and abs(change) > mark and near
+            ok = None if mark is None else near or _within(change, mark)
+            saved = mark is not None and near and not _within(change, mark)
             note = f"{abs(y - x) / MS_NS:.1f} ms apart is less than the load generator's p99 lateness"
             yield Score(
                 key, name, what, "%", _size(change), x / MS_NS, y / MS_NS, change, low, high, n, mark, ok,
-                note if within else "",
+                note if saved else "",
             )
 
 
@@ -386,50 +327,13 @@ def curves(first: Side, second: Side, pairs: pd.DataFrame) -> dict[str, tuple[Un
     found: dict[str, tuple[Unit, pd.DataFrame]] = {
         name: ("/s", table(per_s[0][name], per_s[1][name])) for name in ("offered", "served")
     }
-    p95 = [_p95_by_bin(frame, len(at), width) for frame in (first.frame, moved)]
+    p95 = [p95_by_bin(frame, len(at), width) for frame in (first.frame, moved)]
     found["p95 to first token"] = ("ms", table(*p95))
     if first.levels is not None and second.levels is not None:
         edges = np.append(at.to_numpy(), at.iloc[-1] + width).astype("float64")
-        level = [_level_by_bin(first.levels, edges, 0), _level_by_bin(second.levels, edges, shift)]
+        level = [level_by_bin(first.levels, edges, 0), level_by_bin(second.levels, edges, shift)]
         found["overload level"] = ("level", table(*level))
     return found
-
-
-def verdict_line(score: Score, floor: Floor | None = None) -> str:
-    """``yes: checkout_help, end to end, p95: +4.1 % (-1.0 to +9.3 %), mark 8 %``."""
-    where = "" if score.section == "requests" else f"{score.section}, " if score.section != ALL else "all, "
-    times = "" if floor is None or floor.times is None else f"; {floor.times:.1f} times live against live"
-    note = f"; {score.note}" if score.note else ""
-    word = "yes" if score.ok else "no"
-    return f"{word}: {where}{score.what}: {said(score)}, mark {amount(score.mark, score.unit)}{times}{note}"
-
-
-def said(score: Score) -> str:
-    """The difference in words, signed where it has a sign, with its interval."""
-    if score.value is None:
-        return amount(None, score.unit)
-    signed = score.change is not None and score.unit in ("%", "pp")
-    text = amount(score.change if signed else score.value, score.unit, "+" if signed else "")
-    if score.low is None or score.high is None:
-        return text
-    sign = "+" if signed else ""
-    low, high = (amount(x, score.unit, sign, rough=True) for x in (score.low, score.high))
-    return f"{text} ({low.rsplit(' ', 1)[0]} to {high})"
-
-
-def amount(value: float | None, unit: Unit, sign: str = "", rough: bool = False) -> str:
-    """A value with its unit: ``4.1 %``, ``1.2 pp``, ``1.03 x``; ``rough``: no decimals from 10 % on."""
-    if value is None:
-        return "–"
-    if unit == "x":
-        return f"{1 + value:.2f} x"
-    if unit in ("%", "pp"):
-        whole = not sign and abs(value) >= 0.005 and math.isclose(100 * value, round(100 * value))
-        digits = 0 if whole or (rough and abs(value) >= 0.1) else 1
-        return f"{round(100 * value, digits) + 0.0:{sign}.{digits}f} {unit}"
-    if unit == "ms":
-        return format_ns(value * MS_NS)
-    return f"{value:.3f}" if unit == "" else f"{value:.2f}/s" if unit == "/s" else f"{value:.2f}"
 
 
 # ---------------------------------------------------------------- small parts
@@ -448,8 +352,13 @@ def _judged(
 ) -> Score:
     """A score against its mark, if it has one; what cannot be said does not pass."""
     mark = MARKS.get(key)
-    ok = None if mark is None else value is not None and value <= mark
+    ok = None if mark is None else _within(value, mark)
     return Score(key, section, what, unit, value, live, twin, change, low, high, n, mark, ok)
+
+
+def _within(value: float | None, mark: float) -> bool:
+    """At its mark a figure passes, whatever the last bit of a float says; one that cannot be told does not."""
+    return value is not None and abs(value) <= mark + 1e-9
 
 
 def _size(value: float | None) -> float | None:
@@ -475,21 +384,6 @@ def _shed(frame: pd.DataFrame) -> float:
 
 def _degraded(frame: pd.DataFrame) -> float:
     return float((equals(frame["outcome"], "served") & frame["tier"].isin(DEGRADED)).mean())
-
-
-def _p95_by_bin(frame: pd.DataFrame, bins: int, width_s: int) -> np.ndarray:
-    """By the bin of arrival, in ms; NaN where nobody was served."""
-    mine = frame[equals(frame["outcome"], "served") & frame["ttft_ns"].notna()]
-    at = np.clip(mine["arrived_ns"].to_numpy(dtype="int64") // (width_s * S_NS), 0, bins - 1)
-    found = pd.Series(mine["ttft_ns"].to_numpy(dtype="float64") / MS_NS).groupby(at).quantile(0.95)
-    return found.reindex(range(bins)).to_numpy()
-
-
-def _level_by_bin(levels: pd.DataFrame, edges_s: np.ndarray, shift_ns: int) -> np.ndarray:
-    """The mean level in each bin."""
-    at = (levels["at_ns"].to_numpy() - shift_ns) / S_NS
-    area = np.append(0.0, np.cumsum(np.diff(at) * levels["level"].to_numpy()[:-1]))
-    return np.diff(np.interp(edges_s, at, area)) / np.diff(edges_s)
 
 
 def _nested(table: pd.DataFrame) -> dict[str, dict[str, int]]:

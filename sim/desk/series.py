@@ -168,3 +168,18 @@ def _lost_by_reason(frame: pd.DataFrame) -> dict[tuple[str, str, str], int]:
     for key in zip(mine["traffic_class"].astype(str), what.astype(str), reason.astype(str), strict=True):
         counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def p95_by_bin(frame: pd.DataFrame, bins: int, width_s: int) -> np.ndarray:
+    """By the bin of arrival, in ms; NaN where nobody was served."""
+    mine = frame[equals(frame["outcome"], "served") & frame["ttft_ns"].notna()]
+    at = np.clip(mine["arrived_ns"].to_numpy(dtype="int64") // (width_s * S_NS), 0, bins - 1)
+    found = pd.Series(mine["ttft_ns"].to_numpy(dtype="float64") / MS_NS).groupby(at).quantile(0.95)
+    return found.reindex(range(bins)).to_numpy()
+
+
+def level_by_bin(levels: pd.DataFrame, edges_s: np.ndarray, shift_ns: int) -> np.ndarray:
+    """The mean level in each bin."""
+    at = (levels["at_ns"].to_numpy() - shift_ns) / S_NS
+    area = np.append(0.0, np.cumsum(np.diff(at) * levels["level"].to_numpy()[:-1]))
+    return np.diff(np.interp(edges_s, at, area)) / np.diff(edges_s)
