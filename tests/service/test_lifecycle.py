@@ -28,8 +28,10 @@ import pytest
 
 from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
 from engine.errors import UserError
-from engine.events import Arrive, Drain, Plan, StepDone, Submit
+from engine.events import Arrive, Drain, Ended, Plan, RunStep, Submit
 from engine.ledger.journal import open_journal
+from engine.model.blockhash import Hasher
+from engine.model.counting import CountingRunner
 from engine.policy.replica import Replica
 from engine.service.auth import KeyRing
 from engine.service.server import ServeOptions, running
@@ -445,19 +447,16 @@ def test_under_endless_load_the_calendars_stay_as_small_as_what_runs() -> None:
         batcher=BatcherConfig(slots=4, reserved_slots=0, reserved_blocks=0),
         prefix=PrefixConfig(blocks=400, pinned_blocks=0),
     )
-    replica = Replica(config)
-    now_ns, sid = 0, 0
-    for _ in range(2000):
-        now_ns += 1
+    replica, runner = Replica(config), CountingRunner(Hasher(b"k", 16))
+    sid = 0
+    for now_ns in range(1, 2001):
         for _ in range(2):  # somebody always waits, so that no step is more than one
             sid += 1
             replica.handle(now_ns, Submit(sid, sid, "t", "chat", 1, now_ns, 1 << 60, 20, 3, (), 0))
-        finish_a_step(replica, now_ns)
+            runner.add(sid, 20, 3, 3)
+        (step,) = (action for action in replica.handle(now_ns, Plan()) if isinstance(action, RunStep))
+        for action in replica.handle(now_ns, runner.advance(step, 1)):
+            if isinstance(action, Ended):
+                runner.forget(action.sid)
+    assert replica.stats().ended > 1000
     assert len(replica.batcher._limits) < 50
-    assert len(replica.batcher._borders) < 50
-
-
-def finish_a_step(replica: Replica, now_ns: int) -> None:
-    """Plan, and run what was planned to the letter."""
-    actions = replica.handle(now_ns, Plan())
-    assert actions
