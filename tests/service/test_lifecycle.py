@@ -28,7 +28,7 @@ import pytest
 
 from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
 from engine.errors import UserError
-from engine.events import Arrive, Drain, Ended, Plan, RunStep, Submit
+from engine.events import Arrive, Drain, Ended, Plan, RunStep, StepDone, Submit
 from engine.ledger.journal import open_journal
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
