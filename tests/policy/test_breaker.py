@@ -1,6 +1,17 @@
 """The breaker against a list of all that ever happened, and scripted scenes after resilience4j's own suite.
 
 invariant: mutation that it caught
+- window: one slot too few cleared; skipped seconds not cleared; seconds of the wrong length; totals that never fall;
+  kept over a change; the closed kind in half-open; a call that failed late not slow as well
+- trips: no minimum, or above the window; `>` for `>=` (failures, slow); the other share's limit; slow never opens
+- verdicts: hang is good; the word "slow" unheard; slow at the very limit; 0 = all slow; cancelled, or ignored, counted
+- permits: N + 1; all; an outcome frees one; a cancelled probe keeps its own; released twice; probes noted in the wrong
+  state, or kept for the next half-open; refusals not counted
+- epochs: late results recorded; a probe heard after it was given up; only openings counted as changes
+- half-open: judged by the first; the minimum of closed; lost probes silent, or good; the youngest one waited for
+- moments: due a nanosecond late; one due thing a look; changes or hangs dated when looked at; told twice
+- open time: no back-off; never starting over; no cap; jitter that lengthens, or always the first
+- Retry-After: given though let through; by the breaker's own clock; a clock that steps back; off but counting
 """
 
 from __future__ import annotations

@@ -1,6 +1,16 @@
 """Virtual tokens and the fair waiting room against plain lists that forget nobody, and the paper's promises measured.
 
 invariant: mutation that it caught
+- no banking: no lift; lifted at every request; newcomers at zero; where all had left lost, or moved by anybody's
+  charge, or by the last one's while others wait; charges after the last one left lost
+- a debt stays: lifted down to the floor; forgotten with a counter above it
+- order: turn of the first appearance; old counters or old turns in the heap believed
+- weights: none; upside down; a huge one served for free (or a charge below zero)
+- memory: at the floor but remembered; not looked at after a charge, or when let go; forgotten while it runs; old
+  entries never tidied (heap, line); a floor for the forgotten of 0
+- heaps: entered twice; never entered again after having surfaced, or after having been tidied
+- lines: ranks ignored; ties by key; a removed head given out; a popped entry left; tidied by cutting; removed twice
+- running: popped but not held; put back but still running; ended but never let go; left but still in the backlog
 """
 
 from __future__ import annotations
@@ -448,6 +458,21 @@ def test_what_runs_while_others_are_served_is_charged_to_the_true_counter() -> N
     assert queue.tokens.counter("slow") == 1_000 * UNIT, "no more than a lift to the floor"
 
 
+def test_a_debtor_who_runs_again_is_not_forgotten() -> None:
+    tokens = VirtualTokens({})
+    for name in ("stays", "stays", "debtor"):
+        tokens.enqueue(name)
+    tokens.charge("debtor", 10)
+    tokens.dequeue("debtor")  # may be forgotten at 10 ...
+    tokens.hold("debtor")  # ... but not now
+    tokens.charge("stays", 1_000)
+    assert tokens.stats().tenants == 2
+    tokens.charge("debtor", 800)
+    tokens.let_go("debtor")
+    assert tokens.stats().tenants == 1, "810 of 1,000"
+    tokens.check()
+
+
 def test_a_put_back_request_goes_before_its_younger_ones_and_no_further() -> None:
     queue = FairQueue({})
     for key in (1, 2, 3):
@@ -491,6 +516,7 @@ def test_memory_follows_who_is_there_not_who_ever_was() -> None:
         queue.push(f"visitor {n}", n, (0, n))
         queue.remove(n)
         assert queue.tokens.stats().tenants == 1
+    queue.check()
     for n in range(1, 5_001):  # in the line of one tenant
         queue.push("stays", n, (0, n))
         queue.remove(n)
@@ -501,6 +527,27 @@ def test_memory_follows_who_is_there_not_who_ever_was() -> None:
     queue.remove(0)
     queue.check()
     assert queue.tokens.stats().tenants == 0
+
+
+def test_a_crowd_that_left_the_waiting_room_and_comes_back_is_found() -> None:
+    """Behind a head that does not fit nothing surfaces: their old entries go by the dozen, and are made anew."""
+    tokens, crowd = VirtualTokens({}), [f"t{n}" for n in range(30)]
+    tokens.enqueue("front")
+    for _ in range(3):
+        for name in crowd:
+            tokens.enqueue(name)
+            tokens.hold(name)
+        tokens.check()
+        for name in crowd:
+            tokens.dequeue(name)
+            tokens.check()
+    for name in crowd:
+        tokens.enqueue(name)
+    tokens.check()
+    for name in ["front", *crowd]:
+        assert tokens.pick() == name
+        tokens.dequeue(name)
+    assert tokens.pick() is None
 
 
 def test_debtors_are_forgotten_when_the_others_have_caught_up() -> None:
