@@ -1,7 +1,7 @@
 """The replica driver: one Replica machine, one runner, and what lies between them. No sockets, no clock of its own.
 
-A turn: what came in during the step goes to the machine (Aborts, then Submits), then Plan. The same two calls serve
-the worker process, the in-process transport of the equivalence test and calibration; ``process.py`` adds the loop.
+A turn: what came in during the step goes to the machine (Aborts, Submits, the Aborts of these), then Plan. The same two
+calls serve the worker process, the equivalence test's transport and calibration; ``process.py`` adds the loop.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class ReplicaDriver:
 
     def begin(self, now_ns: int, messages: list[ToReplica]) -> tuple[RunStep | None, Output | None]:
         """The hardware is free: take in what waited, plan. The step to run, and what to tell the gateways."""
+        new = {message.submit.sid for message in messages if isinstance(message, Work)}
         for message in messages:
-            if isinstance(message, Abort):
+            if isinstance(message, Abort) and message.sid not in new:
                 self._handle(now_ns, message)
         for message in messages:
             if isinstance(message, Work):
@@ -31,6 +32,9 @@ class ReplicaDriver:
                 self.runner.submit(submit.sid, message.prompt, submit.max_tokens, submit.blocks, message.params)
                 self._handle(now_ns, submit)
             elif isinstance(message, Drain):
+                self._handle(now_ns, message)
+        for message in messages:
+            if isinstance(message, Abort) and message.sid in new:  # given up before it was ever seen
                 self._handle(now_ns, message)
         step = self._handle(now_ns, Plan())
         return step, self._flush([])

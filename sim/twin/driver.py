@@ -254,13 +254,17 @@ class ReplicaSim:
     def _turn(self) -> None:
         self._turn_planned = False
         messages, self._mailbox = self._mailbox, []
+        new = {message.sid for message in messages if isinstance(message, Submit)}
         for message in messages:
-            if isinstance(message, Abort):
+            if isinstance(message, Abort) and message.sid not in new:
                 self._handle(message)
         for message in messages:
             if isinstance(message, Submit):
                 length = min(self._output_tokens_of(message.rid), message.max_tokens)
                 self.runner.add(message.sid, message.prompt_tokens, length, message.max_tokens)
+                self._handle(message)
+        for message in messages:
+            if isinstance(message, Abort) and message.sid in new:
                 self._handle(message)
         self._handle(Plan())
         if self._step is not None:
