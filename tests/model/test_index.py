@@ -139,6 +139,28 @@ def test_the_device_s_copy_is_made_anew_after_enough_changes_only(monkeypatch: p
     assert copies == [50, 71, 92]
 
 
+def test_what_the_device_s_copy_ranks_first_may_be_gone() -> None:
+    """More of its best rows have changed than are proposed to spare: those that follow must still be found."""
+    rng, index, brute = np.random.default_rng(5), make("device"), Brute()
+    centre, far = unit(rng), unit(rng)
+    for i in range(300):
+        vector = centre if i < 40 else unit(rng)
+        index.add(b"h", b"%d" % i, vector)
+        brute.add(b"h", b"%d" % i, vector)
+    assert len(index.search(b"h", far, 8)) == 8  # copied now
+    for i in range(40):
+        vector = unit(rng, -centre) if i % 2 else unit(rng)
+        index.add(b"h", b"%d" % i, vector)
+        brute.add(b"h", b"%d" % i, vector)
+    assert index.search(b"h", centre, 8) == brute.search(b"h", centre, 8)
+
+
+def test_no_cosine_is_above_one() -> None:
+    """fp32 leaves a unit vector a little longer than one."""
+    vector = unit(np.random.default_rng(6)) * np.float32(1 + 1e-6)
+    assert module.millionths(np.stack([vector, -vector]), vector).tolist() == [10**6, -(10**6)]
+
+
 def test_vectors_are_copied_and_their_shape_is_checked() -> None:
     index, vector = VectorIndex(DIMS, "numpy"), unit(np.random.default_rng(4))
     index.add(b"h", b"t", vector)
