@@ -194,8 +194,8 @@ def _check_sense(scenario: Scenario, path: Path) -> None:
     b, o, p = scenario.batcher, scenario.overload, scenario.prefix
     if b.reserved_slots >= b.slots:
         no(f"batcher.reserved_slots ({b.reserved_slots}) leaves none of the {b.slots} slots for other classes")
-    if b.slots > b.step_tokens:
-        no(f"batcher.slots ({b.slots}) exceeds batcher.step_tokens ({b.step_tokens}): a step could not hold all rows")
+    if b.slots >= b.step_tokens:
+        no(f"batcher.slots ({b.slots}) leaves no token of batcher.step_tokens ({b.step_tokens}) for a prompt")
     if not o.brownout_share <= o.degraded_share <= o.shed_share:
         no("overload: brownout_share <= degraded_share <= shed_share must hold")
     need = -(-scenario.model.context_tokens // p.block_tokens)

@@ -56,6 +56,7 @@ def test_an_unquoted_word_and_infinity_can_be_set(tmp_path: Path) -> None:
         ("", "no traffic class", "s.toml", "[classes.NAME]"),
         ('[classes.a]\ncriticality = "standard"\nshare = 0.7\n', "add up to 0.7, not 1", "s.toml", ""),
         (MINIMAL + "[batcher]\nslots = 2\nreserved_slots = 2\n", "leaves none of the 2 slots", "s.toml", ""),
+        (MINIMAL + "[batcher]\nslots = 64\nstep_tokens = 64\n", "batcher.slots (64)", "s.toml", ""),
         (MINIMAL + "[prefix]\nblocks = 100\n", "cannot hold one full context", "s.toml", "at least 224"),
         (MINIMAL + "[overload]\nbrownout_share = 0.9\n", "brownout_share <= degraded_share", "s.toml", ""),
         (MINIMAL + 'fallback = "nowhere.txt"\n', "no file 'nowhere.txt'", "s.toml", ""),

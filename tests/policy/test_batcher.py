@@ -1,6 +1,13 @@
 """The batcher's promises one by one, each in a scene of its own; the world checks every step besides.
 
 Mutations it caught:
+- prompt blocks not published when planned (stampede); generated blocks not published (conversation)
+- no preemption for a slot; none for blocks; blocks that only victims share not counted; hits in victims counted twice
+- victims from the wrong end; a growing row put back the most important
+- a blocked head stops what is in prefill (a deadlock); a Grow told of a table that is gone
+- reserved slots or blocks for all; for nobody; critical rows counted wrongly
+- a preempted sequence loses outputs, known tokens or its place; its blocks are not given back
+- many steps at once: limits or borders ignored, or while something waits; decode context settled once
 """
 
 from __future__ import annotations

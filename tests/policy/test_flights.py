@@ -1,6 +1,8 @@
 """Flights against a list that is searched from its end.
 
 Mutations it caught:
+- ride on lower criticality; a key lost to an older flight's end; findable after the end, or when deserted
+- deserted with its leader; the leader not first among the riders; sids from 0; attachments not counted
 """
 
 from __future__ import annotations

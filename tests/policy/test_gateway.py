@@ -5,6 +5,19 @@ judged apart. On top stand promises that do not lean on the specification: one A
 client stays, one Record for each Arrive, nothing left over, every token settled.
 
 Mutations it caught:
+- flights: ride on lower criticality; a leader who leaves takes all along; the deserted are still joined; never closed
+- hand-over: none; of failures too; to those who are gone; the encoder asked again
+- answers: failures cached; cached although the class says none; the wrong source; not looked for after the encoder
+- stale: for all classes; at level 0; never; called exact
+- similar: approximate for all; stored although late; asked for exact classes; a look's permit kept; encoder not judged
+- texts: not stored; not dropped; dropped while the other cache needs them; the vector of a live question dropped
+- shed: standard early; critical; nobody; no Retry-After, or too short. Fallback: after the first token; without a limit
+- breaker: not asked; asked before the caches; no fallback; aborts count as failures; failures do not; a permit kept
+- limiter: never settled; twice; nothing used; followers pay; those that never ran pay; a refused one gets a refund
+- timeouts: not woken for; a nanosecond late; cancelled instead of 504; no Abort; got off twice
+- records: none for the cancelled; two answers; level at the end; ttft of a cache answer; computed tokens of a follower
+- pressure: submissions, first tokens or ends not noted; arrivals or wakes not observed
+- drain ignored, or not followed by a Retry-After; riders in the order of a string hash
 """
 
 from __future__ import annotations
@@ -19,6 +32,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from engine.config import (
     BreakerConfig,
@@ -38,6 +52,7 @@ from engine.events import (
     Cancel,
     Drain,
     DropAnswer,
+    DropVector,
     Ended,
     EndReason,
     FindSimilar,
@@ -45,12 +60,14 @@ from engine.events import (
     GatewayAction,
     GatewayEvent,
     LevelRecord,
+    Neighbour,
     Pressure,
     Record,
     Reject,
     RequestRecord,
     Similar,
     StoreAnswer,
+    StoreVector,
     Submit,
     Waiting,
     Wake,
@@ -72,6 +89,7 @@ CLASSES = {
         criticality="sheddable", caches="semantic", slo_ttft_ms=1_000, timeout_ms=4_000, fallback="reco.txt"
     ),
     "tips": ClassConfig(criticality="sheddable", caches="semantic", slo_ttft_ms=1_000, timeout_ms=3_000),
+    "news": ClassConfig(criticality="sheddable", caches="exact", slo_ttft_ms=1_000, timeout_ms=3_000),
 }
 TOKENS = {"rich": 1_000_000, "small": 1_000}  # their buckets, refilled so slowly that every token can be counted
 POOR_BURST = 6
@@ -86,10 +104,13 @@ TTL_NS, KEEP_NS = 2 * S_NS, 6 * S_NS
 def config(semantic: bool = True, exact: bool = True, breaker: bool = True) -> GatewayConfig:
     return GatewayConfig(
         classes=CLASSES, tenants=TENANTS, limiter=LimiterConfig(token_burst_s=1e12), index=3,
-        exact=ExactConfig(enabled=exact, ttl_s=2, stale_s=4), semantic=SemanticConfig(enabled=semantic),
+        exact=ExactConfig(enabled=exact, ttl_s=2, stale_s=4),
+        semantic=SemanticConfig(enabled=semantic, ttl_s=2, stale_s=4, cosine=0.95, approximate_cosine=0.85),
         overload=OverloadConfig(window_ms=250, quiet_windows=3),
         breaker=BreakerConfig(enabled=breaker, window="count", window_size=6, minimum_calls=4, open_ms=1_000),
-        encoder_breaker=BreakerConfig(enabled=False),  # its encoder is always late: hits have a test of their own
+        encoder_breaker=BreakerConfig(
+            enabled=breaker, window="count", window_size=6, minimum_calls=4, slow_share=0.5, open_ms=1_000
+        ),
     )
 
 
@@ -118,7 +139,9 @@ class Trip:
     level: int
     key: bytes
     asked: bool = False
-    waits_for_similar: bool = False
+    waits_for_similar: int | None = None  # the encoder's permit
+    neighbours: tuple[Neighbour, ...] = ()
+    has_vector: bool = False
     leads: bool = False
     reserved: int = 0
     used: int = 0
@@ -141,6 +164,7 @@ class GatewayWorld:
         self.flights: dict[int, Flight] = {}
         self.by_key: dict[bytes, Flight] = {}
         self.cache: dict[bytes, tuple[str, int, str, int]] = {}  # answer, stored, source, output tokens
+        self.meant: dict[bytes, tuple[str, int, str, int]] = {}  # the same by question, for those that mean the same
         self.arrived: list[Arrive] = []
         self.draining = False
         self.poor = 0
@@ -152,9 +176,11 @@ class GatewayWorld:
         self.gone: dict[int, None] = {}  # cancelled before they had heard anything
         self.rows: dict[str, RequestRecord] = {}
         self.texts: dict[str, None] = {}  # the driver keeps these
+        self.vectors: dict[bytes, None] = {}  # and these
         self.next_sid = config.index << 40
-        self.overload = Overload(config.overload, CLASSES)  # these two have tests of their own
-        self.breaker = Breaker(config.breaker)
+        self.fallbacks = 10**6  # answers of last resort that are left
+        self.overload = Overload(config.overload, CLASSES)  # these three have tests of their own
+        self.breaker, self.encoder = Breaker(config.breaker), Breaker(config.encoder_breaker)
         self.last_word: tuple[Waiting, ...] = ()
         self.acked_sid = -1
 
@@ -189,16 +215,22 @@ class GatewayWorld:
         self._tell(ask, spec)
         return rid
 
-    def similar(self, rid: int) -> None:
-        """The encoder answers."""
+    def similar(self, rid: int, status: str = "ok", **cosines: float) -> None:
+        """The encoder answers; ``k1=0.97``: a question that near, whether it is still answered or not."""
+        near = [Neighbour(key.encode(), round(cosine * 1e6)) for key, cosine in cosines.items() if status == "ok"]
+        event = Similar(rid, tuple(sorted(near, key=lambda n: -n.cosine_millionths)), status)  # type: ignore[arg-type]
 
         def spec() -> None:
             trip = self.trips.get(rid)
-            if trip is not None and trip.waits_for_similar:
-                trip.waits_for_similar = False
-                self._way(trip)
+            if trip is None or trip.waits_for_similar is None:
+                return
+            said = {"ok": "ok", "late": "slow", "failed": "fail", "unfit": "ignored"}[status]
+            self.encoder.release(self.now_ns, trip.waits_for_similar, said)  # type: ignore[arg-type]
+            trip.waits_for_similar = None
+            trip.has_vector, trip.neighbours = status == "ok", event.neighbours
+            self._way(trip)
 
-        self._tell(Similar(rid, status="late"), spec)
+        self._tell(event, spec)
 
     def first_token(self, sid: int) -> None:
         def spec() -> None:
@@ -280,13 +312,13 @@ class GatewayWorld:
     def finish(self) -> None:
         """Whoever was asked answers; then nothing may be left, and every token is settled."""
         while self.trips:
-            for rid in [rid for rid, trip in self.trips.items() if trip.waits_for_similar]:
+            for rid in self.looking():
                 self.similar(rid)
             for sid, flight in list(self.flights.items()):
                 self.end(sid, "aborted" if flight.aborted else "stop")
         stats = self.machine.stats()
         assert (stats.in_flight, stats.flights.flights, stats.flights.riders) == (0, 0, 0)
-        assert stats.breaker.open_permits == 0
+        assert (stats.breaker.open_permits, stats.encoder.open_permits) == (0, 0)
         assert stats.arrived == stats.ended == len(self.arrived)
         assert len(self.rows) == len(self.arrived), "record: one for each Arrive"
         for ask in self.arrived:
@@ -297,6 +329,9 @@ class GatewayWorld:
             for more in (0, 1):
                 verdict = copy.deepcopy(self.machine.limiter).take(self.now_ns, tenant, tokens + more)
                 assert verdict.ok != more, "tokens: every reservation is settled once, for what was used"
+
+    def looking(self) -> list[int]:
+        return [rid for rid, trip in self.trips.items() if trip.waits_for_similar is not None]
 
     # ------------------------------------------------------------ the specification
 
@@ -326,9 +361,15 @@ class GatewayWorld:
             if flight.started:
                 trip.first_ns = self.now_ns
             self.want.append(Attach(trip.ask.rid, flight.submit.sid))
-        elif trip.key and self.config.semantic.enabled and not trip.asked:
-            trip.asked = trip.waits_for_similar = True
+        elif self._asks(trip):
             self.want.append(FindSimilar(trip.ask.rid, b"hard", trip.key, 8))
+        elif near := self._near(trip):
+            tier, (answer_id, stored_ns, source, outputs), cosine = near
+            trip.row |= {"tier": tier, "answer_id": answer_id, "output_tokens": outputs, "source": source}
+            trip.row["cosine_millionths"], trip.first_ns = cosine, self.now_ns
+            age_ns = self.now_ns - stored_ns
+            self._serve(trip, Answer(trip.ask.rid, tier, answer_id, trip.level, age_ns, source, cosine))
+            self._close(trip)
         elif {0: False, 1: self.level >= 3, 2: self.level >= 2}[trip.cls.priority]:
             levels = self.level - (2 if trip.cls.priority == 1 else 1)  # down to 2, or to 1
             self._fall_back(trip, "overloaded", max(S_NS, levels * 3 * 250 * MS_NS))
@@ -346,6 +387,23 @@ class GatewayWorld:
             return "exact", entry
         if age_ns <= KEEP_NS and trip.cls.criticality == "sheddable" and self.level >= 1:
             return "approximate", entry
+        return None
+
+    def _asks(self, trip: Trip) -> bool:
+        """Once; not when the encoder is known to be away."""
+        if trip.asked or not trip.key or trip.cls.caches != "semantic" or not self.config.semantic.enabled:
+            return False
+        trip.asked, trip.waits_for_similar = True, self.encoder.acquire(self.now_ns)
+        return trip.waits_for_similar is not None
+
+    def _near(self, trip: Trip) -> tuple[str, tuple[str, int, str, int], int] | None:
+        for neighbour in trip.neighbours:
+            cosine, entry = neighbour.cosine_millionths, self.meant.get(neighbour.text_key)
+            age_ns = self.now_ns - entry[1] if entry else KEEP_NS + 1
+            if cosine >= 950_000 and age_ns <= TTL_NS:
+                return "semantic", entry, cosine
+            if cosine >= 850_000 and age_ns <= KEEP_NS and trip.cls.criticality == "sheddable" and self.level >= 1:
+                return "approximate", entry, cosine
         return None
 
     def _lead(self, trip: Trip, permit: int) -> None:
@@ -370,9 +428,15 @@ class GatewayWorld:
             self.breaker.release(self.now_ns, flight.permit, "ok" if good else self._verdict(ended.reason))
         if leads and ended.computed_tokens:
             trip.used = trip.ask.prompt_tokens + ended.output_tokens
-        if leads and good and trip.key and ended.answer_id and self.config.exact.enabled:
-            self.cache[trip.key] = (ended.answer_id, self.now_ns, trip.ask.request_id, ended.output_tokens)
-            self.want.append(StoreAnswer(ended.answer_id, ended.sid))
+        if leads and good and trip.key and ended.answer_id:
+            entry = (ended.answer_id, self.now_ns, trip.ask.request_id, ended.output_tokens)
+            if self.config.exact.enabled:
+                self.cache[trip.key] = entry
+            if trip.has_vector:
+                self.meant[trip.key] = entry
+                self.want.append(StoreVector(b"hard", trip.key))
+            if self.config.exact.enabled or trip.has_vector:
+                self.want.append(StoreAnswer(ended.answer_id, ended.sid))
         trip.row |= {"answer_id": ended.answer_id, "output_tokens": ended.output_tokens}
         if leads:
             names = ("cached_tokens", "computed_tokens", "queue_ns", "preemptions")
@@ -394,8 +458,9 @@ class GatewayWorld:
         return "fail" if reason == "failed" else "cancelled"
 
     def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
-        if not trip.cls.fallback or trip.first_ns is not None:
+        if not trip.cls.fallback or trip.first_ns is not None or not self.fallbacks:
             return self._reject(trip, code, retry_after_ns)
+        self.fallbacks -= 1
         text = fallback_id(trip.ask.traffic_class)
         trip.row |= {"tier": "fallback", "error_code": code, "answer_id": text}
         trip.first_ns = self.now_ns
@@ -412,7 +477,8 @@ class GatewayWorld:
 
     def _off(self, trip: Trip) -> None:
         """Its client waits no longer. It lives on until its flight has landed."""
-        if trip.waits_for_similar:
+        if trip.waits_for_similar is not None:
+            self.encoder.release(self.now_ns, trip.waits_for_similar, "cancelled")
             return self._close(trip)
         flight = next(f for f in self.flights.values() if trip in f.riders)
         if flight.deserted:
@@ -457,9 +523,9 @@ class GatewayWorld:
         for action in actions:
             self._look(action)
         if any(isinstance(a, StoreAnswer) for a in actions):
-            asked_for = {answer_id for answer_id, *_ in self.cache.values()}
+            asked_for = {answer_id for answer_id, *_ in (*self.cache.values(), *self.meant.values())}
             assert set(self.texts) <= asked_for, "texts: none is kept for nothing"
-        rest = [a for a in actions if not isinstance(a, DropAnswer)]
+        rest = [a for a in actions if not isinstance(a, DropAnswer | DropVector)]
         for i, (got, want) in enumerate(zip(rest, self.want, strict=False)):
             if isinstance(want, Reject) and want.code == "rate_limited":  # how long is the limiter's own test
                 assert got.code == "rate_limited" and got.retry_after_ns > 0
@@ -476,9 +542,9 @@ class GatewayWorld:
                 assert rid not in self.heard and rid not in self.gone, "one Answer or Reject, to somebody who listens"
                 self.heard[rid] = action
                 name = self.arrived[rid].traffic_class
-                if tier in ("exact", "approximate"):
+                if tier in ("exact", "approximate", "semantic"):
                     assert action.answer_id in self.texts, "a cached answer's text is still there"
-                    assert CLASSES[name].caches != "none"
+                    assert CLASSES[name].caches in (("semantic",) if tier == "semantic" else ("exact", "semantic"))
                 if tier == "approximate":
                     assert CLASSES[name].criticality == "sheddable" and self.level >= 1
                 if tier in ("overloaded", "approximate", "fallback"):
@@ -490,16 +556,26 @@ class GatewayWorld:
             case DropAnswer(answer_id=answer_id):
                 assert answer_id in self.texts, "dropped: only what is kept"
                 del self.texts[answer_id]
-                young = [e for e in self.cache.values() if e[0] == answer_id and self.now_ns - e[1] <= KEEP_NS]
-                assert not young, "dropped: nothing that may still be served"
+                entries = [e for e in (*self.cache.values(), *self.meant.values()) if e[0] == answer_id]
+                assert not any(self._young(e) for e in entries), "dropped: nothing that may still be served"
+            case StoreVector(text_key=text_key):
+                self.vectors[text_key] = None
+            case DropVector(text_key=text_key):
+                del self.vectors[text_key]
+                assert not self._young(self.meant[text_key]), "dropped: nothing that may still be found"
             case Record(record=RequestRecord() as row):
                 assert row.request_id not in self.rows, "record: one for each Arrive"
                 self.rows[row.request_id] = row
 
 
+    def _young(self, entry: tuple[str, int, str, int]) -> bool:
+        return self.now_ns - entry[1] <= KEEP_NS
+
+
 # ---------------------------------------------------------------- random traces
 
 KEYS = [b"", b"k1", b"k2", b"k3"]
+COSINES = [0.97, 0.95, 0.85, 0.84]
 
 
 def some_end(world: GatewayWorld, flight: Flight, r: int) -> EndReason:
@@ -525,11 +601,13 @@ class GatewayMachine(RuleBasedStateMachine):
         self.world.arrive(**ask)
 
     @precondition(lambda self: self.world.arrived)
-    @rule(pick=st.integers(0, 50))
-    def similar(self, pick: int) -> None:
-        waiting = [rid for rid, trip in self.world.trips.items() if trip.waits_for_similar]
-        if waiting:
-            self.world.similar(waiting[pick % len(waiting)])
+    @rule(
+        pick=st.integers(0, 50), status=st.sampled_from(["ok", "ok", "ok", "late", "failed", "unfit"]),
+        near=st.dictionaries(st.sampled_from(["k1", "k2", "k3"]), st.sampled_from(COSINES), max_size=2),
+    )
+    def similar(self, pick: int, status: str, near: dict[str, float]) -> None:
+        if looking := self.world.looking():
+            self.world.similar(looking[pick % len(looking)], status, **near)
 
     @precondition(lambda self: self.world.flights)
     @rule(pick=st.integers(0, 9))
@@ -595,7 +673,7 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
     r = random.Random(seed)
     for n in range(events):
         world.time_passes(r.choice([0, 0, 1, 40, 200, 1_500]) * MS_NS)
-        waiting = [rid for rid, trip in world.trips.items() if trip.waits_for_similar]
+        looking = world.looking()
         flying = [*world.flights]
         what = r.random()
         if what < 0.4:
@@ -603,8 +681,9 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
                 r.choice([*CLASSES]), r.choice(KEYS), r.choice(["rich", "rich", "rich", "small", "poor"]),
                 late_ns=r.choice([0, 0, 300 * MS_NS]), prompt=r.choice([*range(1, 9), 150]),
             )
-        elif what < 0.6 and waiting:
-            world.similar(r.choice(waiting))
+        elif what < 0.6 and looking:
+            near = {key: r.choice(COSINES) for key in r.sample(["k1", "k2", "k3"], r.choice([0, 1, 2]))}
+            world.similar(r.choice(looking), r.choice(["ok"] * 8 + ["late", "failed", "unfit"]), **near)
         elif what < 0.68 and flying:
             world.first_token(r.choice(flying))
         elif what < 0.82 and flying:
@@ -628,6 +707,7 @@ def test_long_random_traces(seed: int) -> None:
     rows = [*world.rows.values()]
     tiers = {row.tier for row in rows} | {row.error_code for row in rows} | {row.outcome for row in rows}
     assert tiers >= {"exact", "approximate", "coalesced", "fallback", "model", "cancelled"}
+    assert ("semantic" in tiers) == world.config.semantic.enabled
     assert tiers >= {"rate_limited", "overloaded", "draining", "deadline_exceeded", "model_failed", "breaker_open"}
 
 
@@ -819,6 +899,16 @@ def test_shed_work_may_still_ride_or_be_answered_from_the_cache() -> None:
     assert [a.rid for a in actions_of(world, Attach)] == [follower]
     world.end(3 << 40, "stop")
     assert world.heard[world.arrive("chat", b"k")].tier == "exact"
+    world.finish()
+
+
+def test_the_last_resort_is_no_flood_either() -> None:
+    world = GatewayWorld(replace(config(), overload=OverloadConfig(fallback_rps=2.0)))
+    world.pressure({"chat": 600})
+    world.fallbacks = 2
+    heard = [world.heard[world.arrive("reco")] for _ in range(3)]
+    assert [getattr(said, "tier", None) or said.code for said in heard] == ["fallback", "fallback", "overloaded"]
+    assert heard[2].retry_after_ns >= S_NS
     world.finish()
 
 

@@ -1,6 +1,16 @@
 """The block pool against lists and dicts that are searched from end to end.
 
 Mutations it caught:
+- match: no cap at n-1; goes on behind a gap in the chain
+- cost_of: hits that are unused cost nothing
+- take: a hit stays in the list of the unused; sets the reference count to one; evicted content stays findable
+- release: head of a chain before its tail; unnamed blocks to the end of the list; named ones to its front
+- publish: the same content under two blocks; although the cache is off
+- unpublish: the digest stays in the index; the pin stays
+- pin: one above the cap; of a block without a name; without a reference; renewal keeps the old expiry
+- expire_pins: one nanosecond late
+- stats: evictions, refused pins, evictable not counted
+- Hasher: root without tenant; fields without length; no tag; chain without parent
 """
 
 from __future__ import annotations

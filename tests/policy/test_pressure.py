@@ -1,6 +1,8 @@
 """A gateway's picture of its replicas against one that keeps every message and every submission for ever.
 
 Mutations it caught:
+- acknowledged: one too few; only the first; own submissions not noted, or not forgotten
+- the youngest of a class instead of the oldest, in what was heard or in what was sent; old words kept beside the last
 """
 
 from __future__ import annotations

@@ -1,6 +1,18 @@
 """The replica machine in a world that knows every token and what every KV block holds (``worlds.ReplicaWorld``).
 
 Mutations it caught:
+- shape: budget without the decode rows; area of half a context; decode context not lowered at an end
+- order: no priority; no age; equals preempt each other; the most important row pays; preempted ones queue at the back
+- reserve: slots or blocks given to all; reserved blocks kept from critical too; one slot too many
+- tables: border one step late or early; next border late; short by a block; hits counted into computed wrongly
+- content: partial blocks published; names kept after a failed step, or after nan; hits up to the last token
+- runner: preempted ones not stopped; stale calendar entries after a preemption (epoch)
+- books: outputs, known, computed, queued tokens or unseen lost or leaked; recomputation a hit; the end token an output
+- steps: many while something waits; beyond a border, a limit or the cap
+- ends: none on abort; two; deadline at its very instant, or for what has run; drain ignored; what cannot fit accepted
+- failed step: only chunks end; those that sat it out end too; its tokens counted
+- pressure: every time; once only; not the oldest; no acknowledgement; evictable blocks not free; order by string hash
+- pins: never set; never let go
 """
 
 from __future__ import annotations
