@@ -26,7 +26,7 @@ from sim.desk.summary import Verdict, good, verdict
 from sim.live import drive, live_engine
 from sim.loadgen import Seen, late_warning
 from sim.twin.calibrate import describe
-from sim.twin.cost import Calibration
+from sim.twin.cost import FAKE, Calibration
 from sim.twin.replay import Replayed, journals_of, replay
 from sim.twin.steps import cost_error, outside_words
 from sim.twin.workload import Request, flash_sale, profile_of, steady
@@ -236,9 +236,10 @@ def card(
     """The environment card."""
     machine, scenario = calibration.machine, resolved.scenario
     factor = scenario.workload.spike_factor
+    pace = "fake, at the pace of " if scenario.model.name == FAKE else ""
     rows = {
         "scenario": f"{scenario.name}, profile {profile}, seed {seed}",
-        "model": f"{calibration.model} ({calibration.model_digest}), {machine.dtype} on {machine.device}",
+        "model": f"{pace}{calibration.model} ({calibration.model_digest}), {machine.dtype} on {machine.device}",
         "machine": f"{machine.cpu}, {machine.cores} cores, {machine.threads} torch thread(s), torch {machine.torch}",
         "calibration": f"measured {calibration.measured_at}; " + describe(calibration)[2],
         "sale": f"base {base_rps:.2f}/s, plateau {base_rps * factor:.2f}/s (+{factor - 1:.0%})",

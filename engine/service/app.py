@@ -7,26 +7,36 @@ of models.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from engine.config import Scenario
 from engine.errors import RequestError
 from engine.events import Answer, Arrive, Reject
+from engine.policy.limiter import Limiter
 from engine.service.auth import KeyRing
-from engine.service.driver import GatewayDriver
+from engine.service.completions import (
+    TextWording,
+    decode_completion,
+    decode_embedding,
+    embedding_list,
+    vectors_of,
+)
+from engine.service.driver import Encoder, GatewayDriver
 from engine.service.facts import FactMaker, question_of
+from engine.service.metrics import CONTENT_TYPE, Metrics, is_local
 from engine.service.openai import (
     DEFAULT_MODEL,
-    ChatRequest,
     ErrorFields,
     ErrorObject,
     ModelCard,
     ModelList,
+    Sampled,
     decode_chat,
     encode_json,
     error_object,
@@ -42,6 +52,8 @@ JSON = (b"content-type", b"application/json")
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 UNBUFFERED = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))  # proxies: pass each event on at once
 CACHE_TIERS = ("exact", "semantic", "approximate")
+ENCODER_MODEL = "minilm"
+ENCODE_WITHIN_S = 10.0  # all texts of one request
 
 WHY = {
     "rate_limited": "this API key's rate limit is used up",
@@ -65,6 +77,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.receive, self.send, self.arrived_ns = receive, send, arrived_ns
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.is_local = is_local(scope.get("client"), self._headers)
         given = self.header(b"x-request-id")
         self.request_id = given.decode() if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         self.started = False
@@ -110,9 +123,11 @@ class Exchange:
         declared = self.header(b"content-length") or b"0"
         return not declared.isdigit() or int(declared) > LINGER_BYTES
 
-    async def whole(self, status: int, data: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    async def whole(
+        self, status: int, data: bytes, headers: list[tuple[bytes, bytes]], kind: tuple[bytes, bytes] = JSON
+    ) -> None:
         """A response of known length."""
-        await self.start(status, [JSON, (b"content-length", b"%d" % len(data)), *headers])
+        await self.start(status, [kind, (b"content-length", b"%d" % len(data)), *headers])
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def refuse(self, error: RequestError, retry_after_ns: int | None = None, *more: tuple[bytes, bytes]) -> None:
@@ -138,18 +153,31 @@ class App:
     """``__call__`` is the ASGI application. Whoever runs it sets ``draining`` and ``replica_lost``, for readiness."""
 
     def __init__(
-        self, driver: GatewayDriver, keyring: KeyRing, facts: FactMaker, scenario: Scenario, model_name: str
+        self,
+        driver: GatewayDriver,
+        keyring: KeyRing,
+        facts: FactMaker,
+        scenario: Scenario,
+        model_name: str,
+        metrics: Metrics | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
+        """``metrics``: told elsewhere of records and pressure, here of what never reaches the gateway."""
         self.draining = self.replica_lost = False
         self._driver, self._keyring, self._facts, self._model = driver, keyring, facts, model_name
+        self.metrics, self.encoder = metrics, encoder
         self._classes, self._limits = scenario.classes, scenario.ingress
+        self._encoder_limits = Limiter(scenario.limiter, keyring.tenants)  # the gateway never hears of embeddings
         self._in_flight = 0
         self._created = int(time.time())
         self._routes: dict[str, tuple[tuple[str, ...], Callable[[Exchange], Awaitable[None]]]] = {
             "/v1/chat/completions": (("POST",), self._chat),
+            "/v1/completions": (("POST",), self._complete),
+            "/v1/embeddings": (("POST",), self._embed),
             "/v1/models": (("GET", "HEAD"), self._models),
             "/healthz": (("GET", "HEAD"), self._alive),
             "/readyz": (("GET", "HEAD"), self._ready),
+            "/metrics": (("GET", "HEAD"), self._measure),
         }
 
     @property
@@ -165,6 +193,7 @@ class App:
         try:
             await self._route(exchange)
         except RequestError as error:
+            self._count(error)
             await exchange.refuse(error)
         except Disconnected:
             return
@@ -179,8 +208,14 @@ class App:
         if exchange.method not in methods:
             allow = ", ".join(methods)
             error = RequestError("method_not_allowed", f"this path takes {allow}")
+            self._count(error)
             return await exchange.refuse(error, None, (b"allow", allow.encode()))
         return await handler(exchange)
+
+    def _count(self, error: RequestError) -> None:
+        """A refusal of which no machine hears."""
+        if self.metrics is not None:
+            self.metrics.refused(error.code)
 
     # ------------------------------------------------------------ small answers
 
@@ -196,37 +231,91 @@ class App:
 
     async def _models(self, exchange: Exchange) -> None:
         self._keyring.authenticate(exchange.header(b"authorization"))
-        names = dict.fromkeys((self._model, DEFAULT_MODEL))
+        names = dict.fromkeys((self._model, DEFAULT_MODEL, *((ENCODER_MODEL,) if self.encoder else ())))
         cards = tuple(ModelCard(name, self._created) for name in names)
         await exchange.whole(200, encode_json(ModelList(cards)), [])
 
-    # ------------------------------------------------------------ chat
+    async def _measure(self, exchange: Exchange) -> None:
+        """For this machine without a key. Keys are tenants', and no tenant may read what the others do."""
+        if not exchange.is_local:
+            self._keyring.authenticate(exchange.header(b"authorization"))
+            why = "/metrics is read from the machine itself (a loopback address, no proxy between); no key opens it"
+            raise RequestError("forbidden", why)
+        if self.metrics is None:
+            raise RequestError("not_found", "nothing is counted here")
+        machine, now_ns = self._driver.machine, self._driver.now_ns()
+        page = self.metrics.page(now_ns, machine.stats(), machine.pressures.oldest_ns(), self.replica_lost)
+        await exchange.whole(200, page, [], (b"content-type", CONTENT_TYPE))
+
+    # ------------------------------------------------------------ text and vectors
 
     async def _chat(self, exchange: Exchange) -> None:
         tenant = self._keyring.authenticate(exchange.header(b"authorization"))
-        if self._in_flight >= self._limits.max_in_flight:
-            raise RequestError("overloaded", f"{self._in_flight} requests are being served already")
-        self._in_flight += 1
-        try:
-            asked = exchange.header(b"x-doorbuster-class")
-            name = self._keyring.class_of(tenant, None if asked is None else asked.decode("latin-1"), self._classes)
+        with self._room():
+            name = self._class_of(exchange, tenant)
             ask = decode_chat(await exchange.body(self._limits.max_body_bytes))
-            if ask.model not in (self._model, DEFAULT_MODEL):
-                names = f"{self._model} or {DEFAULT_MODEL}"
-                raise RequestError("not_found", f"no such model here; ask for {names}", "model")
+            check_model(ask.model, self._model, DEFAULT_MODEL)
             facts, prompt = self._facts.arrive(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.conversation(), ask.params(),
                 ask.token_limit, exchange.arrived_ns,
             )
-            await self._answer(exchange, ask, facts, prompt)
+            await self._answer(exchange, ask, facts, prompt, question_of(ask.conversation()), Wording)
+
+    async def _complete(self, exchange: Exchange) -> None:
+        tenant = self._keyring.authenticate(exchange.header(b"authorization"))
+        with self._room():
+            name = self._class_of(exchange, tenant)
+            ask = decode_completion(await exchange.body(self._limits.max_body_bytes))
+            check_model(ask.model, self._model, DEFAULT_MODEL)
+            facts, prompt = self._facts.complete(
+                self._driver.next_rid(), exchange.request_id, tenant, name, ask.text, ask.params(),
+                ask.token_limit, exchange.arrived_ns,
+            )
+            await self._answer(exchange, ask, facts, prompt, "", TextWording)
+
+    async def _embed(self, exchange: Exchange) -> None:
+        """Straight to the encoder: no class, no cache, no overload level; the tenant's limit holds here too."""
+        tenant = self._keyring.authenticate(exchange.header(b"authorization"))
+        with self._room():
+            if self.draining:
+                raise RequestError("draining", WHY["draining"])
+            ask = decode_embedding(await exchange.body(self._limits.max_body_bytes))
+            if self.encoder is None:
+                raise RequestError("not_found", "no encoder runs here, so there are no embeddings", "model")
+            check_model(ask.model, ENCODER_MODEL)
+            tokens = sum(map(self._facts.count, ask.texts))
+            verdict = self._encoder_limits.take(self._driver.now_ns(), tenant, tokens)
+            if not verdict.ok:
+                error = refusal(Reject(-1, "rate_limited", 0, verdict.retry_after_ns))
+                self._count(error)
+                return await exchange.refuse(error, verdict.retry_after_ns)
+            texts = [(self._facts.text_key(text), text.strip()) for text in ask.texts]
+            vectors = await vectors_of(self.encoder, texts, ENCODE_WITHIN_S)
+            data = embedding_list(vectors, ask.encoding_format, ENCODER_MODEL, tokens)
+            return await exchange.whole(200, data, [])
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """A place for one more request while it is read, waits and is sent."""
+        if self._in_flight >= self._limits.max_in_flight:
+            raise RequestError("overloaded", f"{self._in_flight} requests are being served already")
+        self._in_flight += 1
+        try:
+            yield
         finally:
             self._in_flight -= 1
 
-    async def _answer(self, exchange: Exchange, ask: ChatRequest, facts: Arrive, prompt: list[int]) -> None:
-        stream = self._driver.arrive(facts, prompt, ask.drawable(), question_of(ask.conversation()))
+    def _class_of(self, exchange: Exchange, tenant: str) -> str:
+        asked = exchange.header(b"x-doorbuster-class")
+        return self._keyring.class_of(tenant, None if asked is None else asked.decode("latin-1"), self._classes)
+
+    async def _answer(
+        self, exchange: Exchange, ask: Sampled, facts: Arrive, prompt: list[int], question: str, wording: type[Wording]
+    ) -> None:
+        stream = self._driver.arrive(facts, prompt, ask.drawable(), question)
         level = self._driver.machine.overload.level  # a request keeps the level that it met
-        words = Wording(
-            f"chatcmpl-{exchange.request_id}", int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage
+        words = wording(
+            wording.prefix + exchange.request_id, int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage
         )
         async with Listener(stream, exchange.receive, self._driver.cancel) as listener:
             text = await listener.read()  # the status depends on whether there is any
@@ -249,6 +338,12 @@ class App:
                 await send_stream(exchange.send, listener, text, words, refusal)
             else:
                 await exchange.whole(200, words.whole(text, stream), headers)
+
+
+def check_model(asked: str, *names: str) -> None:
+    """RequestError "not_found" for any other name."""
+    if asked not in names:
+        raise RequestError("not_found", f"no such model here; ask for {' or '.join(dict.fromkeys(names))}", "model")
 
 
 def refusal(end: Reject) -> RequestError:

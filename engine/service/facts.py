@@ -63,26 +63,70 @@ class FactMaker:
         ``params.seed`` 0 means that the client gave none: with a temperature such a request has no exact key.
         Raises RequestError when the conversation does not fit the model.
         """
-        cls = self._classes[traffic_class]
         text, prompt, shared_tokens = self._prompt(traffic_class, messages)
-        most = min(max_tokens or cls.max_tokens, cls.max_tokens)
-        if len(prompt) + most > self._context:
-            raise RequestError(
-                "context_length_exceeded",
-                f"the context is {self._context} tokens: the messages take {len(prompt)}, the answer up to {most}",
-                "messages",
-            )
-        hasher = self._hasher
+        most = self._room("messages", prompt, max_tokens, traffic_class)
+        question = question_of(messages)
         facts = Arrive(
             rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
             prompt_tokens=len(prompt), max_tokens=most,
-            exact_key=self._exact_key(tenant, traffic_class, params, most, text),
+            exact_key=self._exact_key("exact", tenant, traffic_class, params, most, text),
             hard_key=self._hard_key(tenant, traffic_class, params, most, messages),
-            text_key=hasher.digest("text", question_of(messages)) if question_of(messages) else b"",
-            blocks=hasher.chain(hasher.root(tenant, self._model), prompt),
-            pinned_blocks=shared_tokens // hasher.block_tokens if cls.pinned else 0,
+            text_key=self.text_key(question) if question else b"", blocks=self._blocks(tenant, prompt),
+            pinned_blocks=shared_tokens // self._hasher.block_tokens if self._classes[traffic_class].pinned else 0,
         )
         return facts, prompt
+
+    def complete(
+        self,
+        rid: int,
+        request_id: str,
+        tenant: str,
+        traffic_class: str,
+        text: str,
+        params: SamplingParams,
+        max_tokens: int | None,
+        arrived_ns: int,
+    ) -> tuple[Arrive, list[int]]:
+        """``arrive`` for a bare prompt: no template, no system prompt of the class, special tokens as they are spelt.
+
+        It has no ``text_key``: there is no user turn to be similar to. Its exact key is of its own kind, because a
+        template and a bare prompt may differ in the model's start token only.
+        """
+        prompt = self._tokenizer.encode(text, add_special=True)
+        if not prompt:
+            raise RequestError("invalid_request", "prompt: it has no tokens", "prompt")
+        most = self._room("prompt", prompt, max_tokens, traffic_class)
+        facts = Arrive(
+            rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
+            prompt_tokens=len(prompt), max_tokens=most,
+            exact_key=self._exact_key("exact-bare", tenant, traffic_class, params, most, text),
+            blocks=self._blocks(tenant, prompt),
+        )
+        return facts, prompt
+
+    def text_key(self, text: str) -> bytes:
+        """Digest of one text by itself, under which its vector is known."""
+        return self._hasher.digest("text", text.strip())
+
+    def count(self, text: str) -> int:
+        """Model tokens of a text."""
+        return len(self._tokenizer.encode(text))
+
+    def _blocks(self, tenant: str, prompt: list[int]) -> tuple[bytes, ...]:
+        return self._hasher.chain(self._hasher.root(tenant, self._model), prompt)
+
+    def _room(self, what: str, prompt: list[int], max_tokens: int | None, traffic_class: str) -> int:
+        """Tokens that the answer may have at most, if prompt and answer fit the context."""
+        cls = self._classes[traffic_class]
+        most = min(max_tokens or cls.max_tokens, cls.max_tokens)
+        if len(prompt) + most > self._context:
+            take = "messages take" if what == "messages" else f"{what} takes"
+            raise RequestError(
+                "context_length_exceeded",
+                f"the context is {self._context} tokens: the {take} {len(prompt)}, the answer up to {most}",
+                what,
+            )
+        return most
 
     def _prompt(self, traffic_class: str, messages: Messages) -> tuple[str, list[int], int]:
         """Text, its ids, and how many of these are the class's own system turn."""
@@ -96,9 +140,11 @@ class FactMaker:
             return text, self._tokenizer.encode(text), 0
         return text, opening.ids + self._tokenizer.encode(text[opening.cut :]), len(opening.ids)
 
-    def _exact_key(self, tenant: str, traffic_class: str, params: SamplingParams, most: int, text: str) -> bytes:
+    def _exact_key(
+        self, tag: str, tenant: str, traffic_class: str, params: SamplingParams, most: int, text: str
+    ) -> bytes:
         how = _how(params)
-        return self._hasher.digest("exact", tenant, traffic_class, self._model, how, str(most), text) if how else b""
+        return self._hasher.digest(tag, tenant, traffic_class, self._model, how, str(most), text) if how else b""
 
     def _hard_key(
         self, tenant: str, traffic_class: str, params: SamplingParams, most: int, messages: Messages

@@ -1,4 +1,4 @@
-"""The wire types of ``/v1/chat/completions`` and ``/v1/models``, and how a body becomes a request.
+"""The wire types of ``/v1/chat/completions`` and ``/v1/models``, and how any body becomes a request.
 
 Strict: what cannot be honoured is refused by name, never ignored, because a client that asked for ``stop`` and was not
 told would take the answer for stopped. Labels that change no answer (``user``, ``metadata``) are accepted. Greedy is
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -20,6 +21,8 @@ from engine.model.stepping import SamplingParams
 
 DEFAULT_MODEL = "default"  # the name to which every server answers
 MAX_ECHO = 80  # characters of a client's own words in an error
+
+T = TypeVar("T")
 
 Role = Literal["system", "user", "assistant"]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -81,19 +84,45 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of a request; ``decode_chat`` makes it."""
+class Sampled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every request for text may say, however it brings its prompt."""
 
     model: str
-    messages: Annotated[list[Message], Meta(min_length=1)]
     max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """What the client set."""
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """A usage chunk at the end of a stream."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def params(self) -> SamplingParams:
+        """As the client said it; seed 0 stands for none, see ``drawable``."""
+        return SamplingParams(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0)
+
+    def drawable(self) -> SamplingParams:
+        """For the sampler: where the client gave no seed, each call draws one."""
+        params = self.params()
+        if self.seed is not None or not params.temperature:
+            return params
+        return SamplingParams(params.temperature, params.top_p, secrets.randbits(63))
+
+
+class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of a request; ``decode_chat`` makes it."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -124,25 +153,9 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """What the client set, under either name."""
         return self.max_completion_tokens or self.max_tokens
 
-    @property
-    def wants_usage(self) -> bool:
-        """A usage chunk at the end of a stream."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
     def conversation(self) -> list[dict[str, str]]:
         """Role and text of each turn."""
         return [message.plain() for message in self.messages]
-
-    def params(self) -> SamplingParams:
-        """As the client said it; seed 0 stands for none, see ``drawable``."""
-        return SamplingParams(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0)
-
-    def drawable(self) -> SamplingParams:
-        """For the sampler: where the client gave no seed, each call draws one."""
-        params = self.params()
-        if self.seed is not None or not params.temperature:
-            return params
-        return SamplingParams(params.temperature, params.top_p, secrets.randbits(63))
 
 
 class CachedTokens(msgspec.Struct, frozen=True, gc=False):
@@ -259,8 +272,18 @@ def error_object(error: RequestError) -> ErrorObject:
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Bytes to a request that can be honoured in full; RequestError "invalid_request" names what cannot."""
+    ask = decode_body(_decode, body)
+    refuse_unsupported(ask, NEUTRAL)
+    if len({ask.max_tokens, ask.max_completion_tokens} - {None}) == 2:
+        raise RequestError("invalid_request", "max_tokens and max_completion_tokens differ: send one", "max_tokens")
+    check_stream_options(ask)
+    return ask
+
+
+def decode_body(decode: Callable[[bytes], T], body: bytes) -> T:
+    """``decode(body)``, with msgspec's complaints in a client's words."""
     try:
-        ask = _decode(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         raise _misfit(str(error)) from None
     except msgspec.DecodeError as error:
@@ -271,19 +294,24 @@ def decode_chat(body: bytes) -> ChatRequest:
         raise RequestError("invalid_request", f"the body is not valid UTF-8{_bad_byte(body)}: {error.reason}") from None
     except RecursionError:
         raise RequestError("invalid_request", "the body is nested too deeply") from None
-    for name, neutral in NEUTRAL.items():
+
+
+def refuse_unsupported(ask: msgspec.Struct, neutral: dict[str, tuple[object, ...]]) -> None:
+    """Parameters that cannot be honoured pass only where they ask for nothing."""
+    for name, values in neutral.items():
         value = getattr(ask, name)
-        if value is not None and value not in neutral:
-            raise RequestError("invalid_request", f"{name} is not supported here{_instead(neutral)}", name)
-    if len({ask.max_tokens, ask.max_completion_tokens} - {None}) == 2:
-        raise RequestError("invalid_request", "max_tokens and max_completion_tokens differ: send one", "max_tokens")
+        if value is not None and value not in values:
+            raise RequestError("invalid_request", f"{name} is not supported here{_instead(values)}", name)
+
+
+def check_stream_options(ask: Sampled) -> None:
+    """They need a stream."""
     if options := ask.stream_options:
         if not ask.stream:
             raise RequestError("invalid_request", "stream_options wants stream to be true", "stream_options")
         if options.include_obfuscation:
             param = "stream_options.include_obfuscation"
             raise RequestError("invalid_request", f"{param} is not supported here: leave it out, or send false", param)
-    return ask
 
 
 def _instead(neutral: tuple[object, ...]) -> str:

@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -39,6 +39,7 @@ from engine.service.auth import KeyRing
 from engine.service.driver import GatewayDriver
 from engine.service.encoder import EncoderClient
 from engine.service.facts import FactMaker
+from engine.service.metrics import Metrics
 from engine.service.replicas import ReplicaProcess, share_cores
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class RunningEngine:
     app: App
     epoch_ns: int  # on the machine's monotonic clock: the journal's zero
     files: list[JournalWriter | Ledger]
-    lost: asyncio.Event = field(default_factory=asyncio.Event)  # the replica has died
+    lost: asyncio.Event  # the replica has died
 
     def flush(self) -> None:
         """Journal and ledger are with the kernel: for those who leave without ``running``'s end."""
@@ -104,21 +105,33 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
         own_cores = replica_cores = ()
     folder = options.folder
     engine: RunningEngine | None = None
+    gone = asyncio.Event()
 
     def lost() -> None:
         """The worker died: every open submission fails now, rather than never."""
         log.error("the replica process has died: its open requests fail now")
+        gone.set()
         if engine is not None:
             engine.app.replica_lost = True
             engine.driver.hear(Output([Ended(sid, "failed") for sid in engine.driver.open_submissions()]))
-            engine.lost.set()
 
     async with contextlib.AsyncExitStack() as stack:
         if own_cores:
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, own_cores)
         sock = stack.enter_context(listen(options.host, options.port))
-        replica = ReplicaProcess(lambda output: driver.hear(output), lost)
+        metrics = Metrics(scenario)
+
+        def hear(output: Output) -> None:
+            metrics.hear(output)
+            driver.hear(output)
+
+        def keep(record: RequestRecord | LevelRecord) -> None:
+            metrics.append(record)
+            if ledger is not None:
+                ledger.append(record)
+
+        replica = ReplicaProcess(hear, lost)
         stack.push_async_callback(replica.stop)
         spec = WorkerSpec(
             socket_path=replica.socket_path, model=scenario.model, replica=replica_config(scenario),
@@ -139,13 +152,14 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             stack.push_async_callback(encoder.stop)
         driver = GatewayDriver(
             Gateway(config), lambda: time.monotonic_ns() - epoch_ns, replica, hasher, lambda: Detokenizer(tokenizer),
-            fallback_texts(scenario), journal, ledger.append if ledger else None, encoder,
+            fallback_texts(scenario), journal, keep, encoder,
         )
         facts = FactMaker(tokenizer, hasher, scenario, scenario.model.name)
-        app = App(driver, keys, facts, scenario, scenario.model.name)
+        app = App(driver, keys, facts, scenario, scenario.model.name, metrics, encoder)
         host, port = sock.getsockname()[:2]
         files = [file for file in (journal, ledger) if file is not None]
-        engine = RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns, files)
+        engine = RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns, files, gone)
+        app.replica_lost = gone.is_set()  # while the rest was being started
         stack.callback(asyncio.create_task(_flush_often(engine)).cancel)
         server = _Uvicorn(
             uvicorn.Config(

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from engine.errors import RequestError
 from engine.events import Reject
@@ -77,39 +77,49 @@ class Listener:
 
 
 class Wording:
-    """Puts one answer into OpenAI's words."""
+    """Puts one answer into OpenAI's words: a chat completion's here, those of other endpoints in subclasses."""
+
+    prefix = "chatcmpl-"  # of an answer's id
 
     def __init__(self, answer_id: str, created: int, model: str, prompt_tokens: int, usage_in_chunks: bool) -> None:
-        self._id, self._created, self._model = answer_id, created, model
+        self.id, self.created, self.model = answer_id, created, model
         self._prompt_tokens, self._usage_in_chunks = prompt_tokens, usage_in_chunks
 
     def whole(self, text: str, stream: ClientStream) -> bytes:
         """The completion object."""
         choice = Choice(AnswerMessage(text), stream.reason)
-        return encode_json(Completion(self._id, self._created, self._model, (choice,), self._usage(stream)))
+        return encode_json(Completion(self.id, self.created, self.model, (choice,), self.usage(stream)))
 
     def first(self, text: str) -> bytes:
         """The role, and the text that is there already."""
-        role = self._chunk(ChunkChoice(Delta(role="assistant", content="")))
+        role = self._event(ChunkChoice(Delta(role="assistant", content="")))
         return role + self.more(text) if text else role
 
     def more(self, text: str) -> bytes:
         """More text."""
-        return self._chunk(ChunkChoice(Delta(content=text)))
+        return self._event(self.piece(text))
 
     def last(self, stream: ClientStream) -> bytes:
         """Why it ended, what it took, and the end of the stream."""
-        out = self._chunk(ChunkChoice(Delta(), finish_reason=stream.reason))
+        out = self._event(self.piece("", stream.reason))
         if self._usage_in_chunks:
-            out += event(Chunk(self._id, self._created, self._model, (), self._usage(stream)))
+            out += event(self.chunk((), self.usage(stream)))
         return out + DONE
 
-    def _usage(self, stream: ClientStream) -> Usage:
+    def piece(self, text: str, reason: str | None = None) -> Any:
+        """A choice of a chunk: more text, or why there is no more."""
+        return ChunkChoice(Delta(content=text) if text else Delta(), reason)
+
+    def chunk(self, choices: tuple[Any, ...], usage: Usage | UnsetType | None) -> object:
+        """One event's object."""
+        return Chunk(self.id, self.created, self.model, choices, usage)
+
+    def usage(self, stream: ClientStream) -> Usage:
+        """Model tokens of the whole answer."""
         return usage_of(self._prompt_tokens, stream.output_tokens, stream.cached_tokens)
 
-    def _chunk(self, choice: ChunkChoice) -> bytes:
-        usage = None if self._usage_in_chunks else UNSET
-        return event(Chunk(self._id, self._created, self._model, (choice,), usage))
+    def _event(self, choice: object) -> bytes:
+        return event(self.chunk((choice,), None if self._usage_in_chunks else UNSET))
 
 
 async def send_stream(
