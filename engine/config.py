@@ -108,14 +108,24 @@ class BreakerConfig(Section):
     slow_ms: NonNegative = 20_000  # far beyond what a full batch takes on a laptop; 0 = slow is only what is called so
     open_ms: Positive = 5_000  # a worker that died is back within 3 s
     open_max_ms: Positive = 60_000  # doubling ends here: a minute after its repair at the latest it is noticed
+    open_jitter: Share = 0.1  # the open time is cut by up to this share, so that not all gateways probe at once
     half_open_permits: Positive = 4  # probes: one poisoned request among them does not decide
     half_open_max_ms: Positive = 30_000  # a probe counts as failed after the default `timeout_ms`: nobody waits longer
 
 
 ENCODER_BREAKER = BreakerConfig(  # a miss is cheap and a wait is not: trips early, tries again soon
-    window="count", window_size=20, minimum_calls=10, slow_share=0.5, open_ms=1000, open_max_ms=8000,
+    window="count", window_size=20, minimum_calls=10, slow_share=0.5, slow_ms=0, open_ms=1000, open_max_ms=8000,
     half_open_permits=2, half_open_max_ms=2000,
 )
+
+
+class RouterConfig(Section):
+    """Which replica computes an answer: least predicted work, and who has the prompt's blocks."""
+
+    affinity: bool = True  # count a prompt's cached blocks for the replica that has them
+    imbalance_tokens: NonNegative = 512  # a replica this far behind the least busy is not chosen for what it has cached
+    answer_weight: NonNegative = 3  # prompt tokens that take as long as one answer token; SmolLM2 on a CPU: 2.6
+    remembered_blocks: Positive = 8192  # of each replica; more than it can hold
 
 
 class OverloadConfig(Section):
@@ -137,6 +147,14 @@ class OverloadConfig(Section):
     def window_ns(self) -> int:
         """Length of a window."""
         return ms_to_ns(self.window_ms)
+
+
+class FairnessConfig(Section):
+    """Whose turn it is among the tenants of one priority: the one that has been served least for its weight."""
+
+    enabled: bool = True  # False: first come, first served, whoever asks
+    prompt_token_weight: Positive = 1  # a computed prompt token; what the prefix cache holds is free
+    output_token_weight: Positive = 2  # the paper's pair: a token decoded alone costs more than one of a chunk
 
 
 class BatcherConfig(Section):
@@ -212,6 +230,7 @@ class Scenario(Section):
     name: str
     seed: int = 1
     replicas: Positive = 1
+    replica_restarts: NonNegative = 5  # of a replica that died, within a minute; then it is given up
     classes: dict[str, ClassConfig] = msgspec.field(default_factory=dict)
     workload: WorkloadConfig = WorkloadConfig()
     model: ModelConfig = ModelConfig()
@@ -221,7 +240,9 @@ class Scenario(Section):
     semantic: SemanticConfig = SemanticConfig()
     breaker: BreakerConfig = BreakerConfig()
     encoder_breaker: BreakerConfig = ENCODER_BREAKER
+    router: RouterConfig = RouterConfig()
     overload: OverloadConfig = OverloadConfig()
+    fairness: FairnessConfig = FairnessConfig()
     batcher: BatcherConfig = BatcherConfig()
     prefix: PrefixConfig = PrefixConfig()
 
@@ -236,7 +257,10 @@ class GatewayConfig(Section):
     semantic: SemanticConfig = SemanticConfig()
     breaker: BreakerConfig = BreakerConfig()
     encoder_breaker: BreakerConfig = ENCODER_BREAKER
+    router: RouterConfig = RouterConfig()
     overload: OverloadConfig = OverloadConfig()
+    replicas: Positive = 1
+    block_tokens: Positive = 16  # of the replicas' prefix caches
     index: int = 0  # of this gateway: its submission ids start at index << 40
 
 
@@ -245,6 +269,8 @@ class ReplicaConfig(Section):
 
     batcher: BatcherConfig = BatcherConfig()
     prefix: PrefixConfig = PrefixConfig()
+    fairness: FairnessConfig = FairnessConfig()
+    weights: dict[str, PositiveFloat] = msgspec.field(default_factory=dict)  # by tenant; who is not named has 1
     index: int = 0
 
     @property
@@ -258,10 +284,16 @@ def gateway_config(scenario: Scenario, tenants: dict[str, TenantConfig], index: 
     return GatewayConfig(
         classes=scenario.classes, tenants=tenants, limiter=scenario.limiter, exact=scenario.exact,
         semantic=scenario.semantic, breaker=scenario.breaker, encoder_breaker=scenario.encoder_breaker,
-        overload=scenario.overload, index=index,
+        router=scenario.router, overload=scenario.overload, replicas=scenario.replicas,
+        block_tokens=scenario.prefix.block_tokens, index=index,
     )
 
 
-def replica_config(scenario: Scenario, index: int = 0) -> ReplicaConfig:
-    """A replica's part of a scenario."""
-    return ReplicaConfig(batcher=scenario.batcher, prefix=scenario.prefix, index=index)
+def replica_config(
+    scenario: Scenario, tenants: dict[str, TenantConfig] | None = None, index: int = 0
+) -> ReplicaConfig:
+    """A replica's part of a scenario; ``tenants`` bring their weights."""
+    return ReplicaConfig(
+        batcher=scenario.batcher, prefix=scenario.prefix, fairness=scenario.fairness,
+        weights={name: tenant.weight for name, tenant in (tenants or {}).items()}, index=index,
+    )

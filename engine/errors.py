@@ -25,6 +25,7 @@ STATUS_OF_CODE: dict[str, int] = {
     "model_failed": 500,
     "overloaded": 503,  # the system's limit
     "breaker_open": 503,
+    "replica_lost": 503,  # its process died, and none has taken its place yet
     "draining": 503,
     "deadline_exceeded": 504,
 }

@@ -18,7 +18,7 @@ PRIORITY: dict[str, int] = {"critical": 0, "standard": 1, "sheddable": 2}
 
 Tier = Literal["exact", "coalesced", "semantic", "approximate", "fallback", "model"]
 Outcome = Literal["served", "rejected", "failed", "cancelled"]
-EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining"]
+EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining", "lost"]
 
 
 # ---------------------------------------------------------------- requests, as a gateway learns of them
@@ -135,6 +135,18 @@ class Pressure(Struct):
     waiting: tuple[Waiting, ...] = ()
     queued_tokens: int = 0  # prompt tokens waiting or in prefill
     free_blocks: int = 0  # free or evictable
+
+
+class ReplicaLost(Struct):
+    """A replica has died, its queue and caches with it. An Ended, "lost", follows for each of its submissions."""
+
+    replica: int
+
+
+class ReplicaBack(Struct):
+    """It has been started anew, empty."""
+
+    replica: int
 
 
 # ---------------------------------------------------------------- the replica and its hardware
@@ -325,13 +337,26 @@ class LevelRecord(Struct):
     age_ns: int = 0
 
 
+class BreakerRecord(Struct):
+    """A breaker changed its state at ``at_ns``: closed, open, half_open."""
+
+    at_ns: int
+    boundary: str  # "encoder", or "replica-" and its number
+    before: str
+    after: str
+    why: str  # failing, slow, hung, rested, recovered
+
+
+LedgerRecord = RequestRecord | LevelRecord | BreakerRecord
+
+
 class Record(Struct):
     """Append to the ledger."""
 
-    record: RequestRecord | LevelRecord
+    record: LedgerRecord
 
 
-GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | Cancel | Wake | Drain
+GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
 Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector
 GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Upkeep | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake

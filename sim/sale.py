@@ -10,7 +10,7 @@ import msgspec
 import pandas as pd
 
 from engine.errors import UserError
-from engine.events import LevelRecord, RequestRecord
+from engine.events import LedgerRecord
 from engine.model.blockhash import Hasher
 from engine.scenario import Resolved
 from engine.service.facts import FactMaker
@@ -49,7 +49,7 @@ def twin_sale(
         scenario, tenants_of(scenario), bench.calibration.cost, bench.calibration.lags, bench.arrivals(requests),
         hasher, folder,
     ).run()
-    records: list[RequestRecord | LevelRecord] = [*run.requests, *run.levels]
+    records: list[LedgerRecord] = [*run.requests, *run.levels]
     seen = pd.DataFrame(
         {"request_id": [r.request_id for r in requests], "intent": [r.intent for r in requests]}
     )
@@ -102,8 +102,8 @@ def record_live(
     return RunView(summary, run.frame, run.levels, scenario)
 
 
-def _ledger(folder: Path) -> list[RequestRecord | LevelRecord]:
-    decoder = msgspec.json.Decoder(RequestRecord | LevelRecord)
+def _ledger(folder: Path) -> list[LedgerRecord]:
+    decoder = msgspec.json.Decoder(LedgerRecord)
     with (folder / "ledger" / "records.ndjson").open("rb") as file:
         return [decoder.decode(line) for line in file if line.endswith(b"\n")]
 

@@ -1,4 +1,4 @@
-"""``doorbuster serve``: start, say where, wait for a signal or the replica's death, drain."""
+"""``doorbuster serve``: start, say where, wait for a signal or the death of all replicas, drain."""
 
 from __future__ import annotations
 
@@ -45,13 +45,8 @@ def serve_until_stopped(
     scenario: str, sets: tuple[str, ...], host: str, port: int, keys: Path | None, folder: Path | None, json: bool,
     say: Callable[[str], None], emit: Callable[[Any], None],
 ) -> None:
-    """Blocks until SIGINT or SIGTERM; a second one ends it at once. Raises when the replica dies."""
+    """Blocks until SIGINT or SIGTERM; a second one ends it at once. Raises when no replica is left."""
     resolved = load(scenario, sets)
-    if resolved.scenario.replicas != 1:
-        raise UserError(
-            f"replicas is {resolved.scenario.replicas}, and the live engine runs one replica so far",
-            where=resolved.origins.get("replicas", resolved.path), fix="--set replicas=1    (the twin can run more)",
-        )
     ring, key = _ring(keys, host, resolved)
     fake_cost = _fake_cost(resolved)
     given, folder = folder, _run_folder(resolved, folder)
@@ -67,8 +62,10 @@ def serve_until_stopped(
         sys.exit(130)
     if end == "lost":
         raise UserError(
-            "the replica process died", why="what it was working on was answered with an error; the rest is drained",
-            fix="start again; under a supervisor, restart on exit code 1",
+            "no replica is left",
+            why=f"each died more than {resolved.scenario.replica_restarts} times within a minute; what they were "
+            "working on was answered with an error, the rest is drained",
+            fix="their last words are above; under a supervisor, restart on exit code 1",
         )
 
 

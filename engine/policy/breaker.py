@@ -30,6 +30,8 @@ TABLE: dict[tuple[State, Why], State] = {
     ("half_open", "recovered"): "closed",
 }
 MILLION = 1_000_000
+CUTS = 16
+GOLDEN_MILLIONTHS = 618_034  # its multiples spread evenly over the unit interval, however many there are
 
 
 class Transition(Struct):
@@ -253,3 +255,13 @@ class Breaker:
         if self._state == "half_open":
             return Window(self.config.half_open_permits, by_time=False)
         return Window(self.config.window_size, by_time=self.config.window == "time")
+
+
+def spread(number: int, most: float) -> tuple[int, ...]:
+    """Jitter of the ``number``-th breaker, without a die: cuts up to ``most`` of the open time that differ from its
+    neighbours', so that many gateways do not probe a recovering replica in the same instant."""
+    if not most:
+        return ()
+    return tuple(
+        round((number * CUTS + turn + 1) * GOLDEN_MILLIONTHS % MILLION * most) for turn in range(CUTS)
+    )

@@ -8,8 +8,17 @@ could be shed or preempted under a more important passenger.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from engine.events import Arrive, Submit
 from engine.values import Struct
+
+
+class Seat(NamedTuple):
+    """A place on a replica, and its breaker's permit."""
+
+    replica: int
+    permit: int
 
 
 @dataclass(slots=True, eq=False)
@@ -17,12 +26,22 @@ class Flight:
     """One Submit. Mutable, owned by Flights."""
 
     sid: int
+    replica: int
+    seat: Seat | None  # None once it was given back
     key: bytes
     priority: int
     traffic_class: str
     sent_ns: int
     riders: dict[int, bool] = field(default_factory=dict)  # rid -> its client still listens; the leader comes first
     started: bool = False  # the first token is out
+
+    def ticket(self, ask: Arrive, start_by_ns: int) -> Submit:
+        """What the replica is told: the leader's request."""
+        return Submit(
+            sid=self.sid, rid=ask.rid, tenant=ask.tenant, traffic_class=ask.traffic_class, priority=self.priority,
+            sent_ns=self.sent_ns, start_by_ns=start_by_ns, prompt_tokens=ask.prompt_tokens, max_tokens=ask.max_tokens,
+            blocks=ask.blocks, pinned_blocks=ask.pinned_blocks, replica=self.replica,
+        )
 
 
 class FlightStats(Struct):
@@ -42,9 +61,9 @@ class Flights:
         self._by_key: dict[bytes, Flight] = {}
         self._attached = 0
 
-    def lead(self, rid: int, key: bytes, priority: int, traffic_class: str, now_ns: int) -> Flight:
+    def lead(self, rid: int, key: bytes, priority: int, traffic_class: str, now_ns: int, seat: Seat) -> Flight:
         """A new submission. Others can find it when it has a key."""
-        flight = Flight(self._next_sid, key, priority, traffic_class, now_ns, {rid: True})
+        flight = Flight(self._next_sid, seat.replica, seat, key, priority, traffic_class, now_ns, {rid: True})
         self._next_sid += 1
         self._open[flight.sid] = flight
         if key:
@@ -72,6 +91,10 @@ class Flights:
     def get(self, sid: int) -> Flight | None:
         """The open submission ``sid``."""
         return self._open.get(sid)
+
+    def seated(self) -> list[Flight]:
+        """Open submissions that still hold their seat."""
+        return [flight for flight in self._open.values() if flight.seat is not None]
 
     def close(self, sid: int) -> Flight | None:
         """It has ended."""

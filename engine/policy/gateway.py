@@ -17,6 +17,7 @@ from engine.events import (
     Answer,
     Arrive,
     Attach,
+    BreakerRecord,
     Cancel,
     Drain,
     Ended,
@@ -28,19 +29,21 @@ from engine.events import (
     Pressure,
     Record,
     Reject,
+    ReplicaBack,
+    ReplicaLost,
     Similar,
     Submit,
     Tier,
     Wake,
 )
 from engine.policy.answers import Answers
-from engine.policy.breaker import Breaker, Verdict
+from engine.policy.breaker import Breaker, Verdict, spread
 from engine.policy.exact import Entry
-from engine.policy.flights import Flight, Flights
+from engine.policy.fleet import GOOD, Fleet
+from engine.policy.flights import Flight, Flights, Seat
 from engine.policy.limiter import Limiter
 from engine.policy.overload import LevelChange, Overload
-from engine.policy.pressure import Pressures
-from engine.policy.semantic import SemanticHit
+from engine.policy.semantic import SemanticEntry, SemanticHit
 from engine.policy.trip import GatewayStats, Trip
 from engine.units import S_NS, ms_to_ns, s_to_ns
 
@@ -67,12 +70,13 @@ class Gateway:
         self.limiter = Limiter(config.limiter, config.tenants)
         self.answers = Answers(config)
         self.flights = Flights(config.index << 40)
-        self.breaker = Breaker(config.breaker)
-        self.encoder = Breaker(config.encoder_breaker)
+        self.fleet = Fleet(config)
+        self.encoder = Breaker(config.encoder_breaker, spread(config.index, config.encoder_breaker.open_jitter))
         rate = config.overload.fallback_rps
         self.fallbacks = Limiter(LimiterConfig(rate_rps=rate, burst=max(1.0, rate)), {})
         self.overload = Overload(config.overload, config.classes)
-        self.pressures = Pressures()
+        self._boundaries = {"encoder": self.encoder}
+        self._boundaries |= {f"replica-{n}": breaker for n, breaker in enumerate(self.fleet.breakers)}
         self._now_ns = 0
         self._outbox: list[GatewayAction] = []
         self._journeys: dict[int, Journey] = {}
@@ -95,15 +99,21 @@ class Gateway:
             case Ended():
                 self._flight_ended(event)
             case Pressure():
-                self.pressures.hear(event)
+                self.fleet.hear(event)
                 self._observe()
+            case ReplicaLost(replica=replica):
+                self.fleet.lose(replica)
+                self._observe()
+            case ReplicaBack(replica=replica):
+                self.fleet.back(replica)
             case Cancel(rid=rid):
-                self._throw(rid, _Gone())
+                self._resume(rid, _Gone())
             case Wake():
                 self._expire()
                 self._observe()
             case Drain():
                 self._draining = True
+        self._note_transitions()
         out, self._outbox = self._outbox, []
         return out
 
@@ -111,10 +121,9 @@ class Gateway:
         """The nearest deadline, or the end of the overload window."""
         while self._deadlines and self._deadlines[0][1] not in self._trips:
             heappop(self._deadlines)
-        level = self.overload.next_wake_ns()
-        if not self._deadlines:
-            return level
-        return self._deadlines[0][0] if level is None else min(level, self._deadlines[0][0])
+        due_ns = [self._deadlines[0][0]] if self._deadlines else []
+        level_ns = self.overload.next_wake_ns()
+        return min(due_ns if level_ns is None else [*due_ns, level_ns], default=None)
 
     # ------------------------------------------------------------ the way of one request
 
@@ -133,7 +142,7 @@ class Gateway:
                 return self._answer_from(trip, entry)
             if flight := self.flights.find(trip.key, cls.priority):
                 ended = yield from self._follow(trip, flight)
-                if ended.reason in ("stop", "length", "failed") or trip.over:
+                if trip.over or ended.reason in GOOD or ended.reason == "failed" or self._is_lost(trip, ended):
                     return self._finish(trip, ended, "coalesced")
                 continue  # the leader was stopped for reasons of its own: take its place
             if not asked and self._may_be_similar(trip):
@@ -142,13 +151,23 @@ class Gateway:
                 continue  # meanwhile the same question may have been answered, or somebody took off with it
             if similar and (hit := self._near(trip, similar)):
                 return self._answer_similar(trip, hit)
-            if self._is_shed(cls):
-                return self._fall_back(trip, "overloaded", self._calm_ns(cls))
-            permit = self.breaker.acquire(self._now_ns)
-            if permit is None:
-                return self._fall_back(trip, "breaker_open", self.breaker.retry_after_ns(self._now_ns))
-            ended = yield from self._lead(trip, permit)
-            return self._finish(trip, ended, "model")
+            if self.overload.sheds(cls.priority):
+                return self._fall_back(trip, "overloaded", self.overload.calm_ns(cls.priority))
+            seat = self.fleet.take(self._now_ns, ask)
+            if seat is None:
+                return self._fall_back(trip, *self.fleet.refusal(self._now_ns))
+            ended = yield from self._lead(trip, seat)
+            if trip.over or ended.reason != "lost" or self._is_lost(trip, ended):
+                return self._finish(trip, ended, "model")
+
+    def _is_lost(self, trip: Trip, ended: Ended) -> bool:
+        """A replica died. Who has heard nothing yet is computed elsewhere, once: a request may be what killed it."""
+        if ended.reason != "lost":
+            return False
+        if trip.retried or trip.first_ns is not None:
+            return True
+        trip.retried = True
+        return False
 
     def _makes_do(self, cls: ClassConfig) -> bool:
         """From level 1 on a sheddable class takes older and less similar answers rather than the model's time."""
@@ -171,42 +190,22 @@ class Gateway:
             raise
         assert isinstance(similar, Similar), "look: only Similar answers FindSimilar"
         self.encoder.release(self._now_ns, permit, ENCODER_SAYS[similar.status])
-        trip.has_vector = similar.status == "ok"
+        trip.has_vector = similar.status in ("ok", "late")
         return similar
 
     def _near(self, trip: Trip, similar: Similar) -> SemanticHit | None:
         return self.answers.similar(self._now_ns, trip.ask.hard_key, similar.neighbours, self._makes_do(trip.cls))
 
-    def _is_shed(self, cls: ClassConfig) -> bool:
-        """Level 2 keeps sheddable work from the model, level 3 standard work too; critical work never."""
-        return cls.priority > 0 and self.overload.level >= 4 - cls.priority
-
-    def _calm_ns(self, cls: ClassConfig) -> int:
-        """Earliest moment at which the level can have fallen far enough for the class: an honest Retry-After."""
-        down = self.overload.level - (4 - cls.priority) + 1
-        return max(S_NS, down * self.config.overload.quiet_windows * self.config.overload.window_ns)
-
-    def _lead(self, trip: Trip, permit: int) -> Ride:
+    def _lead(self, trip: Trip, seat: Seat) -> Ride:
         """Compute it. Others may ride along; a client that leaves does not strand them."""
         ask, cls = trip.ask, trip.cls
-        flight = self.flights.lead(ask.rid, trip.key, cls.priority, ask.traffic_class, self._now_ns)
-        trip.leads, trip.replica = True, 0
-        self.pressures.sent(flight)
-        ended = yield from self._ride(
-            trip, flight,
-            Submit(
-                sid=flight.sid, rid=ask.rid, tenant=ask.tenant, traffic_class=ask.traffic_class, priority=cls.priority,
-                sent_ns=self._now_ns, start_by_ns=ask.arrived_ns + cls.start_within_ns,
-                prompt_tokens=ask.prompt_tokens, max_tokens=ask.max_tokens, blocks=ask.blocks,
-                pinned_blocks=ask.pinned_blocks, replica=0,
-            ),
-        )
-        good = ended.reason in ("stop", "length")
-        said: Verdict = "ok" if good else "fail" if ended.reason == "failed" else "cancelled"
-        self.breaker.release(self._now_ns, permit, said)
+        flight = self.flights.lead(ask.rid, trip.key, cls.priority, ask.traffic_class, self._now_ns, seat)
+        trip.leads, trip.replica = True, seat.replica
+        self.fleet.sent(flight, ask)
+        ended = yield from self._ride(trip, flight, flight.ticket(ask, ask.arrived_ns + cls.start_within_ns))
         if ended.computed_tokens:
             trip.used_tokens = ask.prompt_tokens + ended.output_tokens
-        if good and trip.key and ended.answer_id:
+        if ended.reason in GOOD and trip.key and ended.answer_id:
             self._outbox.extend(self.answers.keep(self._now_ns, trip, ended))
         return ended
 
@@ -241,6 +240,7 @@ class Gateway:
         else:
             trip.close(self._now_ns, "cancelled")
         if self.flights.leave(flight, trip.ask.rid):
+            self.fleet.deserted(self._now_ns, flight, late)
             self._outbox.append(Abort(flight.sid))
 
     def _finish(self, trip: Trip, ended: Ended, tier: Tier) -> None:
@@ -248,13 +248,15 @@ class Gateway:
         trip.saw(ended)
         if trip.over:
             return
-        if ended.reason in ("stop", "length"):
+        if ended.reason in GOOD:
             trip.tier = tier
             trip.close(self._now_ns, "served")
             source = "" if trip.leads else trip.source
             self._outbox.append(Answer(trip.ask.rid, tier, ended.answer_id, trip.level, source=source))
         elif ended.reason == "draining":
             self._reject(trip, "draining", S_NS)
+        elif ended.reason == "lost":
+            self._fall_back(trip, "replica_lost", S_NS)
         else:
             code = "model_failed" if ended.reason == "failed" else "deadline_exceeded"
             self._fall_back(trip, code, None)
@@ -262,26 +264,21 @@ class Gateway:
     # ------------------------------------------------------------ the ends of a journey
 
     def _answer_from(self, trip: Trip, entry: Entry) -> None:
-        age_ns = self._now_ns - entry.stored_ns
-        fresh = age_ns <= s_to_ns(self.config.exact.ttl_s)
-        trip.tier = "exact" if fresh else "approximate"
-        trip.output_tokens, trip.answer_id, trip.first_ns = entry.output_tokens, entry.answer_id, self._now_ns
-        trip.source = entry.source
-        trip.close(self._now_ns, "served")
-        self._outbox.append(Answer(trip.ask.rid, trip.tier, entry.answer_id, trip.level, age_ns, entry.source))
+        fresh = self._now_ns - entry.stored_ns <= s_to_ns(self.config.exact.ttl_s)
+        self._serve(trip, "exact" if fresh else "approximate", entry)
 
     def _answer_similar(self, trip: Trip, hit: SemanticHit) -> None:
-        entry = hit.entry
-        trip.tier = "approximate" if hit.approximate else "semantic"
-        trip.output_tokens, trip.answer_id, trip.first_ns = entry.output_tokens, entry.answer_id, self._now_ns
-        trip.source, trip.cosine_millionths = entry.source, hit.cosine_millionths
+        trip.cosine_millionths = hit.cosine_millionths
+        self._serve(trip, "approximate" if hit.approximate else "semantic", hit.entry)
+
+    def _serve(self, trip: Trip, tier: Tier, entry: Entry | SemanticEntry) -> None:
+        """An answer that another request has had."""
+        trip.tier, trip.source, trip.first_ns = tier, entry.source, self._now_ns
+        trip.output_tokens, trip.answer_id = entry.output_tokens, entry.answer_id
         trip.close(self._now_ns, "served")
         age_ns = self._now_ns - entry.stored_ns
-        self._outbox.append(
-            Answer(
-                trip.ask.rid, trip.tier, entry.answer_id, trip.level, age_ns, entry.source, hit.cosine_millionths
-            )
-        )
+        cosine = trip.cosine_millionths
+        self._outbox.append(Answer(trip.ask.rid, tier, entry.answer_id, trip.level, age_ns, entry.source, cosine))
 
     def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         """The class's answer of last resort, where it has one and nothing was said yet; else the code."""
@@ -296,7 +293,7 @@ class Gateway:
 
     def _reject(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         trip.error_code = code
-        trip.close(self._now_ns, "failed" if code == "model_failed" else "rejected")
+        trip.close(self._now_ns, "failed" if code in ("model_failed", "replica_lost") else "rejected")
         self._outbox.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))
 
     # ------------------------------------------------------------ running journeys
@@ -312,13 +309,9 @@ class Gateway:
         heappush(self._deadlines, (ask.arrived_ns + ms_to_ns(cls.timeout_ms), ask.rid))
         self._advance(ask.rid, None)
 
-    def _resume(self, rid: int, reply: Reply) -> None:
+    def _resume(self, rid: int, value: Reply | _Gone | _Late) -> None:
         if rid in self._journeys:
-            self._advance(rid, reply)
-
-    def _throw(self, rid: int, why: _Gone | _Late) -> None:
-        if rid in self._journeys:
-            self._advance(rid, why)
+            self._advance(rid, value)
 
     def _advance(self, rid: int, value: Reply | _Gone | _Late | None) -> None:
         """Drive a journey to its next wait, or to its end."""
@@ -350,28 +343,33 @@ class Gateway:
 
     def _first_token(self, event: FirstToken) -> None:
         if flight := self.flights.get(event.sid):
-            self.pressures.forget(event.sid)
+            self.fleet.started(flight)
             flight.started = True
             for rid in flight.riders:
                 self._resume(rid, event)
 
     def _flight_ended(self, event: Ended) -> None:
         if flight := self.flights.close(event.sid):
-            self.pressures.forget(event.sid)
-            good = event.reason in ("stop", "length")
-            source = self._trips[next(iter(flight.riders))].ask.request_id if good else ""
+            self.fleet.landed(self._now_ns, flight, event)
+            source = self._trips[next(iter(flight.riders))].ask.request_id if event.reason in GOOD else ""
             for rid in flight.riders:
                 self._trips[rid].source = source
                 self._resume(rid, event)
 
     def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= self._now_ns:
-            self._throw(heappop(self._deadlines)[1], _Late())
+            self._resume(heappop(self._deadlines)[1], _Late())
 
     def _observe(self) -> None:
-        change: LevelChange | None = self.overload.observe(self._now_ns, self.pressures.oldest_ns())
+        change: LevelChange | None = self.overload.observe(self._now_ns, self.fleet.pressures.oldest_ns())
         if change is not None:
             self._outbox.append(Record(LevelRecord(self._now_ns, change.level, change.traffic_class, change.age_ns)))
+
+    def _note_transitions(self) -> None:
+        for boundary, breaker in self._boundaries.items():
+            for moved in breaker.transitions():
+                record = BreakerRecord(moved.at_ns, boundary, moved.before, moved.after, moved.why)
+                self._outbox.append(Record(record))
 
     # ------------------------------------------------------------ windows for others
 
@@ -380,17 +378,19 @@ class Gateway:
         return GatewayStats(
             arrived=self._arrived, ended=self._ended, in_flight=len(self._trips), level=self.overload.level,
             limiter=self.limiter.stats(), exact=self.answers.exact.stats(), semantic=self.answers.semantic.stats(),
-            flights=self.flights.stats(), breaker=self.breaker.stats(), encoder=self.encoder.stats(),
+            flights=self.flights.stats(), fleet=self.fleet.stats(), encoder=self.encoder.stats(),
             overload=self.overload.stats(),
         )
 
     def check(self) -> None:
         """Invariants."""
-        for part in (self.limiter, self.answers, self.flights, self.breaker, self.encoder, self.overload):
+        for part in (self.limiter, self.answers, self.flights, self.fleet, self.encoder, self.overload):
             part.check()
         assert self._journeys.keys() == self._trips.keys(), "journeys: every trip has one"
         assert self._arrived == self._ended + len(self._trips), "conservation: arrived = ended + in flight"
-        assert self.breaker.stats().open_permits == self.flights.stats().flights, "permits: one for each open flight"
+        for replica, breaker in enumerate(self.fleet.breakers):
+            seated = sum(flight.replica == replica for flight in self.flights.seated())
+            assert breaker.stats().open_permits == seated, "permits: one for each flight that somebody waits for"
         assert not self._outbox, "outbox: empty between events"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from engine.config import ClassConfig, OverloadConfig
 from engine.events import PRIORITY
-from engine.units import ms_to_ns
+from engine.units import S_NS, ms_to_ns
 from engine.values import Struct
 
 LEVELS = 4
@@ -87,6 +87,15 @@ class Overload:
         else:
             self._falls += 1
         return LevelChange(now_ns, self.level, traffic_class, age_ns)
+
+    def sheds(self, priority: int) -> bool:
+        """Level 2 keeps sheddable work from the model, level 3 standard work too; critical work never."""
+        return priority > 0 and self.level >= 4 - priority
+
+    def calm_ns(self, priority: int) -> int:
+        """Earliest moment at which the level can have fallen far enough for it: an honest Retry-After."""
+        down = self.level - (4 - priority) + 1
+        return max(S_NS, down * self._quiet_windows * self._window_ns)
 
     def next_wake_ns(self) -> int | None:
         """End of the current window, while there is something to watch."""

@@ -17,25 +17,29 @@ class Pressures:
 
     def __init__(self) -> None:
         self._last: dict[int, Pressure] = {}
-        self._unseen: OrderedDict[int, str] = OrderedDict()  # submitted, not acknowledged: class; in order of sid
-        # class -> sid -> sent_ns of the same, so that the first is the oldest (a plain dict finds its first slowly)
+        self._unseen: dict[int, Flight] = {}  # submitted, not acknowledged
+        # the same, as finds the first at once (a plain dict finds its first slowly): replica -> sids in order of sid,
+        # class -> sid -> sent_ns in order of time
+        self._of_replica: dict[int, OrderedDict[int, None]] = {}
         self._sent: dict[str, OrderedDict[int, int]] = {}
 
     def sent(self, flight: Flight) -> None:
         """Submitted just now."""
-        self._unseen[flight.sid] = flight.traffic_class
+        self._unseen[flight.sid] = flight
+        self._of_replica.setdefault(flight.replica, OrderedDict())[flight.sid] = None
         self._sent.setdefault(flight.traffic_class, OrderedDict())[flight.sid] = flight.sent_ns
 
     def forget(self, sid: int) -> None:
         """It has started or ended: no longer waiting, whatever the last message said."""
-        name = self._unseen.pop(sid, None)
-        if name is not None:
-            del self._sent[name][sid]
+        if flight := self._unseen.pop(sid, None):
+            del self._of_replica[flight.replica][sid]
+            del self._sent[flight.traffic_class][sid]
 
     def hear(self, pressure: Pressure) -> None:
         """A replica's word replaces its last one."""
         self._last[pressure.replica] = pressure
-        while self._unseen and (sid := next(iter(self._unseen))) <= pressure.acked_sid:
+        unseen = self._of_replica.get(pressure.replica)
+        while unseen and (sid := next(iter(unseen))) <= pressure.acked_sid:
             self.forget(sid)
 
     def lose(self, replica: int) -> None:

@@ -8,6 +8,7 @@ from engine.config import ClassConfig
 from engine.events import Arrive, Ended, Outcome, RequestRecord, Tier
 from engine.policy.breaker import BreakerStats
 from engine.policy.exact import ExactStats
+from engine.policy.fleet import FleetStats
 from engine.policy.flights import FlightStats
 from engine.policy.limiter import LimiterStats
 from engine.policy.overload import OverloadStats
@@ -27,8 +28,9 @@ class Trip:
     used_tokens: int = 0
     leads: bool = False
     replica: int | None = None
+    retried: bool = False  # a replica died under it, and it was sent to another
     source: str = ""
-    has_vector: bool = False  # its question was encoded in time, so its answer can be found by similar ones
+    has_vector: bool = False  # its question has a vector, or will have one: similar questions can find its answer
     cosine_millionths: int | None = None
     tier: Tier | None = None
     outcome: Outcome | None = None
@@ -85,6 +87,6 @@ class GatewayStats(Struct):
     exact: ExactStats
     semantic: SemanticStats
     flights: FlightStats
-    breaker: BreakerStats
+    fleet: FleetStats
     encoder: BreakerStats
     overload: OverloadStats

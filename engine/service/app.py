@@ -59,6 +59,7 @@ WHY = {
     "rate_limited": "this API key's rate limit is used up",
     "overloaded": "too much is going on for this traffic class to be served now",
     "breaker_open": "the model does not answer at the moment",
+    "replica_lost": "the model's process has died and is being started anew",
     "draining": "this server is shutting down",
     "deadline_exceeded": "there was no answer within the time that this traffic class allows",
     "model_failed": "the model failed at this request",
@@ -150,7 +151,7 @@ class Exchange:
 
 
 class App:
-    """``__call__`` is the ASGI application. Whoever runs it sets ``draining`` and ``replica_lost``, for readiness."""
+    """``__call__`` is the ASGI application. Whoever runs it sets ``draining``, for readiness."""
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class App:
         encoder: Encoder | None = None,
     ) -> None:
         """``metrics``: told elsewhere of records and pressure, here of what never reaches the gateway."""
-        self.draining = self.replica_lost = False
+        self.draining = False
         self._driver, self._keyring, self._facts, self._model = driver, keyring, facts, model_name
         self.metrics, self.encoder = metrics, encoder
         self._classes, self._limits = scenario.classes, scenario.ingress
@@ -223,8 +224,8 @@ class App:
         await exchange.whole(200, b'{"status":"alive"}', [])
 
     async def _ready(self, exchange: Exchange) -> None:
-        if self.replica_lost:
-            raise RequestError("breaker_open", "the replica is lost")
+        if not self._driver.machine.stats().fleet.up:
+            raise RequestError("replica_lost", WHY["replica_lost"])
         if self.draining:
             raise RequestError("draining", WHY["draining"])
         await exchange.whole(200, b'{"status":"ready"}', [])
@@ -244,7 +245,7 @@ class App:
         if self.metrics is None:
             raise RequestError("not_found", "nothing is counted here")
         machine, now_ns = self._driver.machine, self._driver.now_ns()
-        page = self.metrics.page(now_ns, machine.stats(), machine.pressures.oldest_ns(), self.replica_lost)
+        page = self.metrics.page(now_ns, machine.stats(), machine.fleet.pressures.oldest_ns())
         await exchange.whole(200, page, [], (b"content-type", CONTENT_TYPE))
 
     # ------------------------------------------------------------ text and vectors

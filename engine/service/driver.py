@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,11 +27,12 @@ from engine.events import (
     FindSimilar,
     GatewayAction,
     GatewayEvent,
-    LevelRecord,
+    LedgerRecord,
     Neighbour,
     Record,
     Reject,
-    RequestRecord,
+    ReplicaBack,
+    ReplicaLost,
     Similar,
     StoreAnswer,
     StoreVector,
@@ -49,6 +50,9 @@ from engine.service.stream import ClientStream, StoredAnswer, Tape
 from engine.units import S_NS
 
 FRESH_VECTORS = 4096  # far more than questions can be under way
+STORE_WITHIN_S = 30.0  # an answered question whose vector was late is encoded once more, without hurry
+
+T = TypeVar("T")
 
 
 class Payload(NamedTuple):
@@ -60,9 +64,9 @@ class Payload(NamedTuple):
 
 
 class ReplicaLink(Protocol):
-    """The way to a replica, wherever it runs. Answers come back through ``GatewayDriver.hear``."""
+    """The way to all replicas, wherever they run. Answers come back through ``GatewayDriver.hear``."""
 
-    def send(self, message: ToReplica) -> None:
+    def send(self, replica: int, message: ToReplica) -> None:
         """Queue a message; never blocks."""
         ...
 
@@ -76,7 +80,11 @@ class Encoder(Protocol):
     def encode(
         self, text_key: bytes, text: str, deadline_s: float, done: Callable[[np.ndarray | None, Word], None]
     ) -> object:
-        """Calls ``done`` exactly once, perhaps before this returns."""
+        """Calls ``done`` exactly once, perhaps before this returns. The result, if any, is for ``cancel``."""
+        ...
+
+    def cancel(self, call: Any) -> None:
+        """``done`` need not be called any more."""
         ...
 
 
@@ -92,7 +100,7 @@ class GatewayDriver:
         detokenizer: Callable[[], Detokenizer],
         fallbacks: dict[str, str],
         journal: JournalWriter | None = None,
-        ledger: Callable[[RequestRecord | LevelRecord], None] | None = None,
+        ledger: Callable[[LedgerRecord], None] | None = None,
         encoder: Encoder | None = None,
         dims: int = 384,
     ) -> None:
@@ -104,8 +112,12 @@ class GatewayDriver:
         self._payloads: dict[int, Payload] = {}  # of requests that may still be submitted
         self._encoder, self._index = encoder, VectorIndex(dims)
         self._fresh: OrderedDict[bytes, np.ndarray] = OrderedDict()  # vectors just made, until their answer is there
+        self._questions: OrderedDict[bytes, str] = OrderedDict()  # asked for just now, in case their vectors are late
+        self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
+        self._looks: dict[int, object] = {}  # rid -> its wait for the encoder
         self._streams: dict[int, ClientStream] = {}
         self._tapes: dict[int, Tape] = {}
+        self._replica_of: dict[int, int] = {}  # sid -> where it is computed
         self._last_rid = -1
         self._last_ns = 0
         self._inbox: deque[GatewayEvent] = deque()
@@ -144,7 +156,8 @@ class GatewayDriver:
 
     def drain(self) -> None:
         """Take no more work; finish what runs."""
-        self._link.send(Drain())
+        for replica in range(self.machine.config.replicas):
+            self._link.send(replica, Drain())
         self.deliver(Drain())
 
     @property
@@ -152,9 +165,14 @@ class GatewayDriver:
         """Clients that wait for an answer."""
         return len(self._streams)
 
-    def open_submissions(self) -> list[int]:
-        """Submissions without an end yet, oldest first."""
-        return list(self._tapes)
+    def lose(self, replica: int) -> None:
+        """It has died: what it was computing ends now, rather than never."""
+        self.deliver(ReplicaLost(replica))
+        self.hear(Output([Ended(sid, "lost") for sid, where in self._replica_of.items() if where == replica]))
+
+    def welcome(self, replica: int) -> None:
+        """It is there again."""
+        self.deliver(ReplicaBack(replica))
 
     def close(self) -> None:
         """No more events."""
@@ -205,6 +223,7 @@ class GatewayDriver:
                     self._carry_out(action)
                 if isinstance(event, Ended):
                     self._tapes.pop(event.sid, None)
+                    self._replica_of.pop(event.sid, None)
         finally:
             self._busy = False
         self._arm()
@@ -230,18 +249,19 @@ class GatewayDriver:
             case Submit(sid=sid, rid=rid):
                 payload = self._payloads[rid]
                 tape = self._tapes[sid] = Tape(self._detokenizer())
+                self._replica_of[sid] = action.replica
                 self._listen(tape, rid, "model")
-                self._link.send(Work(action, payload.prompt, payload.params))
+                self._link.send(action.replica, Work(action, payload.prompt, payload.params))
             case Attach(sid=sid, rid=rid):
                 self._listen(self._tapes[sid], rid, "coalesced")
-            case Abort():
-                self._link.send(action)
+            case Abort(sid=sid):
+                self._link.send(self._replica_of[sid], action)
             case FindSimilar():
                 self._look(action)
             case StoreVector(hard_key=hard_key, text_key=text_key):
-                if (vector := self._fresh.get(text_key)) is not None:
-                    self._index.add(hard_key, text_key, vector)
+                self._store(hard_key, text_key)
             case DropVector(hard_key=hard_key, text_key=text_key):
+                self._awaited.discard((hard_key, text_key))
                 self._index.remove(hard_key, text_key)
             case Answer() | Reject():
                 self._end(action)
@@ -260,18 +280,37 @@ class GatewayDriver:
             return
         deadline_s = self.machine.config.semantic.deadline_ms / 1000
         question = self._payloads[ask.rid].question
-        self._encoder.encode(ask.text_key, question, deadline_s, lambda vector, word: self._found(ask, vector, word))
+        _remember(self._questions, ask.text_key, question)
+        call = self._encoder.encode(
+            ask.text_key, question, deadline_s, lambda vector, word: self._found(ask, vector, word)
+        )
+        if call is not None:
+            self._looks[ask.rid] = call
 
     def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
+        self._looks.pop(ask.rid, None)
         if vector is None:
             self.deliver(Similar(ask.rid, status=word))
             return
-        self._fresh[ask.text_key] = vector
-        self._fresh.move_to_end(ask.text_key)
-        if len(self._fresh) > FRESH_VECTORS:
-            self._fresh.popitem(last=False)
+        _remember(self._fresh, ask.text_key, vector)
         near = self._index.search(ask.hard_key, vector, ask.at_most)
         self.deliver(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
+
+    def _store(self, hard_key: bytes, text_key: bytes) -> None:
+        """Into the index; a vector that was late is asked for again, and may take its time."""
+        if (vector := self._fresh.get(text_key)) is not None:
+            self._index.add(hard_key, text_key, vector)
+        elif (question := self._questions.get(text_key)) is not None and self._encoder is not None:
+            self._awaited.add((hard_key, text_key))
+            self._encoder.encode(
+                text_key, question, STORE_WITHIN_S, lambda vector, _: self._store_late(hard_key, text_key, vector)
+            )
+
+    def _store_late(self, hard_key: bytes, text_key: bytes, vector: np.ndarray | None) -> None:
+        if (hard_key, text_key) in self._awaited:
+            self._awaited.discard((hard_key, text_key))
+            if vector is not None:
+                self._index.add(hard_key, text_key, vector)
 
     def _listen(self, tape: Tape, rid: int, tier: str) -> None:
         stream = self._streams[rid]
@@ -289,3 +328,13 @@ class GatewayDriver:
 
     def _forget(self, rid: int) -> None:
         del self._streams[rid], self._payloads[rid]
+        if (call := self._looks.pop(rid, None)) is not None and self._encoder is not None:
+            self._encoder.cancel(call)
+
+
+def _remember(kept: OrderedDict[bytes, T], key: bytes, value: T) -> None:
+    """The newest ``FRESH_VECTORS`` of them."""
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > FRESH_VECTORS:
+        kept.popitem(last=False)

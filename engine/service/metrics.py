@@ -19,14 +19,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from engine.config import Scenario
 from engine.errors import STATUS_OF_CODE
-from engine.events import LevelRecord, Outcome, Pressure, RequestRecord, Tier
+from engine.events import BreakerRecord, LedgerRecord, LevelRecord, Outcome, Pressure, Tier
 from engine.model.wire import Output
 from engine.policy.trip import GatewayStats
 from engine.units import S_NS
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4.encode()
 PREFIX = "doorbuster:"
-ADMISSION = ("rate_limited", "overloaded", "breaker_open", "draining")  # said before any work was done
+ADMISSION = ("rate_limited", "overloaded", "breaker_open", "replica_lost", "draining")  # said before any work was done
 BREAKER_STATES = ("closed", "half_open", "open")
 FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
 BOUNDS_S = (
@@ -72,6 +72,7 @@ class Metrics:
         self._tiers: Counter[tuple[str, str]] = Counter()
         self._outcomes: Counter[tuple[str, str, str]] = Counter()
         self._refused: Counter[str] = Counter()
+        self._breaker_moves: Counter[tuple[str, str]] = Counter()
         self._level_changes = self._admitted_tokens = self._cached_tokens = 0
         self._generated_tokens = self._preemptions = 0
 
@@ -83,10 +84,13 @@ class Metrics:
             if isinstance(event, Pressure):
                 self._pressure[event.replica] = event
 
-    def append(self, record: RequestRecord | LevelRecord) -> None:
-        """A request has ended, or the level moved."""
+    def append(self, record: LedgerRecord) -> None:
+        """A request has ended, the level moved, or a breaker did."""
         if isinstance(record, LevelRecord):
             self._level_changes += 1
+            return
+        if isinstance(record, BreakerRecord):
+            self._breaker_moves[record.boundary, record.after] += 1
             return
         name = record.traffic_class
         self._outcomes[record.outcome, record.error_code or "", name] += 1
@@ -109,12 +113,12 @@ class Metrics:
 
     # ------------------------------------------------------------ the page
 
-    def page(self, now_ns: int, stats: GatewayStats, oldest_ns: dict[str, int], replica_lost: bool) -> bytes:
+    def page(self, now_ns: int, stats: GatewayStats, oldest_ns: dict[str, int]) -> bytes:
         """``oldest_ns``: class to the instant since when its oldest request waits. A lost replica has no gauges."""
-        return generate_latest(_Page(self._families(now_ns, stats, oldest_ns, replica_lost)))
+        return generate_latest(_Page(self._families(now_ns, stats, oldest_ns)))
 
-    def _families(self, now_ns: int, stats: GatewayStats, oldest_ns: dict[str, int], lost: bool) -> Iterator[Metric]:
-        yield from self._replica_gauges({} if lost else self._pressure)
+    def _families(self, now_ns: int, stats: GatewayStats, oldest_ns: dict[str, int]) -> Iterator[Metric]:
+        yield from self._replica_gauges({n: self._pressure[n] for n in stats.fleet.up})
         yield from self._gateway_gauges(now_ns, stats, oldest_ns)
         yield from self._token_counters()
         yield from self._request_counters(stats)
@@ -148,8 +152,14 @@ class Metrics:
         yield age
         yield _gauge("overload_level", "0 normal, 1 brown-out, 2 degraded, 3 shed.", value=stats.level)
         breaker = _gauge("breaker_state", "0 closed, 1 half open, 2 open, when last asked.", "boundary")
-        breaker.add_metric(["replica"], BREAKER_STATES.index(stats.breaker.state))
+        states = {f"replica-{n}": each.state for n, each in enumerate(stats.fleet.breakers)}
+        for boundary, state in (states | {"encoder": stats.encoder.state}).items():
+            breaker.add_metric([boundary], BREAKER_STATES.index(state))
         yield breaker
+        ahead = _gauge("router_ahead_tokens", "Predicted work ahead, in prompt tokens.", "replica")
+        for n, tokens in enumerate(stats.fleet.router.ahead_tokens):
+            ahead.add_metric([str(n)], tokens)
+        yield ahead
 
     def _token_counters(self) -> Iterator[Metric]:
         yield _counter("prompt_tokens", "Prompt tokens that replicas took in, cached ones included.",
@@ -190,6 +200,10 @@ class Metrics:
             if code in self._refused:
                 refusals.add_metric([code], self._refused[code])
         yield refusals
+        moves = _counter("breaker_transitions", "Moves of a breaker, by the state it moved to.", "boundary", "state")
+        for (boundary, state), count in sorted(self._breaker_moves.items()):
+            moves.add_metric([boundary, state], count)
+        yield moves
         yield _counter("overload_level_changes", "Moves of the overload level.", value=self._level_changes)
 
 

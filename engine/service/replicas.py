@@ -1,4 +1,4 @@
-"""Starts replica processes and talks to them: the live ``ReplicaLink`` over a unix socket.
+"""One replica process and the connection to it, over a unix socket; ``pool.py`` keeps them alive.
 
 Cores are shared out on purpose: torch on the last ones, everything else on the first. Knows processes and sockets;
 what is said on them is the machines' business.
@@ -17,25 +17,26 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import UserError
-from engine.events import Ended
 from engine.model.process import WorkerSpec, last_words
-from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_from_replica, frame
+from engine.model.wire import Output, Ready, ToReplica, Unframer, decode_from_replica, frame
 
 START_TIMEOUT_S = 300.0  # converting weights on first use takes half a minute, a hub download longer
 
 
-def share_cores(threads: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """(cores of gateway and load, cores of the replica, torch threads); no pinning on a single core.
+def share_cores(threads: int, replicas: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(cores of gateway and load, cores of all replicas, torch threads of one); no pinning where they do not suffice.
 
-    ``threads`` 0 = all but one. Torch beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart,
-    from 136 to 145 ms (measured on two cores).
+    ``threads`` 0 = all but one core, in equal parts. Replica n has ``threads`` cores from ``n * threads`` on. Torch
+    beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart, from 136 to 145 ms (measured on
+    two cores).
     """
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
     count = len(cores) or os.cpu_count() or 1
-    threads = threads or max(1, count - 1)
-    if len(cores) < 2 or threads >= len(cores):
+    threads = threads or max(1, (count - 1) // replicas)
+    others = len(cores) - threads * replicas
+    if others < 1:
         return (), (), threads
-    return cores[: len(cores) - threads], cores[len(cores) - threads :], threads
+    return cores[:others], cores[others:], threads
 
 
 class ReplicaProcess(asyncio.Protocol):
@@ -85,13 +86,15 @@ class ReplicaProcess(asyncio.Protocol):
             return UserError("the replica process gave up", why=f"exit code {code}; its own last words are above")
         return UserError(*msgspec.msgpack.decode(raw, type=tuple[str, str, str, str]))
 
+    @property
+    def connected(self) -> bool:
+        """It was there when last looked."""
+        return self._transport is not None
+
     def send(self, message: ToReplica) -> None:
-        """See ``driver.ReplicaLink``. What is submitted to a lost replica fails at once."""
+        """Queue a message; to one that has gone, nothing is said."""
         if self._transport is not None:
             self._transport.write(frame(message))
-        elif isinstance(message, Work):
-            failed = Output([Ended(message.submit.sid, "failed")])
-            asyncio.get_running_loop().call_soon(self._hear, failed)
 
     async def stop(self) -> None:
         """Hang up; the worker ends by itself, or is killed after five seconds. More than once is fine."""

@@ -1,4 +1,4 @@
-"""Puts the live engine together: keys, facts, gateway machine and driver, one replica process, uvicorn as a library.
+"""Puts the live engine together: keys, facts, gateway machine and driver, replica processes, uvicorn as a library.
 
 ``running`` is a context: inside it the engine answers on ``url``. The command line prints and waits; tests and the
 demo look inside.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import secrets
 import socket
@@ -22,7 +21,7 @@ import uvicorn
 
 from engine.config import Scenario, gateway_config, replica_config
 from engine.errors import UserError
-from engine.events import Ended, LevelRecord, RequestRecord
+from engine.events import LedgerRecord
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
 from engine.model.encoder_process import EncoderSpec
@@ -40,9 +39,8 @@ from engine.service.driver import GatewayDriver
 from engine.service.encoder import EncoderClient
 from engine.service.facts import FactMaker
 from engine.service.metrics import Metrics
-from engine.service.replicas import ReplicaProcess, share_cores
-
-log = logging.getLogger(__name__)
+from engine.service.pool import ReplicaPool
+from engine.service.replicas import share_cores
 
 DRAIN_TIMEOUT_S = 30.0
 HANG_UP_S = 5  # after the drain: for answers that are being sent
@@ -70,7 +68,8 @@ class RunningEngine:
     app: App
     epoch_ns: int  # on the machine's monotonic clock: the journal's zero
     files: list[JournalWriter | Ledger]
-    lost: asyncio.Event  # the replica has died
+    pool: ReplicaPool
+    lost: asyncio.Event  # all replicas have been given up
 
     def flush(self) -> None:
         """Journal and ledger are with the kernel: for those who leave without ``running``'s end."""
@@ -100,21 +99,11 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
     """Start everything; stop everything at the end. A start that fails half-way leaves nothing behind but files."""
     hasher = Hasher(options.hash_key or secrets.token_bytes(16), scenario.prefix.block_tokens)
     epoch_ns = time.monotonic_ns()
-    own_cores, replica_cores, threads = share_cores(scenario.model.threads)
+    own_cores, replica_cores, threads = share_cores(scenario.model.threads, scenario.replicas)
     if not options.pin_cores:
         own_cores = replica_cores = ()
     folder = options.folder
-    engine: RunningEngine | None = None
     gone = asyncio.Event()
-
-    def lost() -> None:
-        """The worker died: every open submission fails now, rather than never."""
-        log.error("the replica process has died: its open requests fail now")
-        gone.set()
-        if engine is not None:
-            engine.app.replica_lost = True
-            engine.driver.hear(Output([Ended(sid, "failed") for sid in engine.driver.open_submissions()]))
-
     async with contextlib.AsyncExitStack() as stack:
         if own_cores:
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
@@ -122,23 +111,29 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
         sock = stack.enter_context(listen(options.host, options.port))
         metrics = Metrics(scenario)
 
+        driver: GatewayDriver | None = None  # from when all replicas are ready
+
         def hear(output: Output) -> None:
             metrics.hear(output)
-            driver.hear(output)
+            if driver is not None:
+                driver.hear(output)
 
-        def keep(record: RequestRecord | LevelRecord) -> None:
+        def keep(record: LedgerRecord) -> None:
             metrics.append(record)
             if ledger is not None:
                 ledger.append(record)
 
-        replica = ReplicaProcess(hear, lost)
-        stack.push_async_callback(replica.stop)
-        spec = WorkerSpec(
-            socket_path=replica.socket_path, model=scenario.model, replica=replica_config(scenario),
-            hash_key=hasher.key, epoch_ns=epoch_ns, threads=threads, cores=replica_cores,
-            journal=str(folder / "journal" / "replica-0.ndjson") if folder else "", fake_cost=options.fake_cost,
-        )
-        ready = await replica.start(spec)
+        def lost(replica: int) -> None:
+            if driver is not None:
+                driver.lose(replica)
+
+        def back(replica: int) -> None:
+            if driver is not None:
+                driver.welcome(replica)
+
+        pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts)
+        stack.push_async_callback(pool.stop)
+        ready, *_ = await pool.start(worker_specs(scenario, options, hasher.key, epoch_ns, replica_cores, threads))
         tokenizer = tokenizer_for(scenario.model.name)
         config = gateway_config(scenario, keys.tenants)
         journal: JournalWriter | None = None
@@ -151,15 +146,16 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
         if encoder is not None:
             stack.push_async_callback(encoder.stop)
         driver = GatewayDriver(
-            Gateway(config), lambda: time.monotonic_ns() - epoch_ns, replica, hasher, lambda: Detokenizer(tokenizer),
+            Gateway(config), lambda: time.monotonic_ns() - epoch_ns, pool, hasher, lambda: Detokenizer(tokenizer),
             fallback_texts(scenario), journal, keep, encoder,
         )
         facts = FactMaker(tokenizer, hasher, scenario, scenario.model.name)
         app = App(driver, keys, facts, scenario, scenario.model.name, metrics, encoder)
         host, port = sock.getsockname()[:2]
         files = [file for file in (journal, ledger) if file is not None]
-        engine = RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns, files, gone)
-        app.replica_lost = gone.is_set()  # while the rest was being started
+        engine = RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns, files, pool, gone)
+        for replica in set(range(scenario.replicas)) - set(pool.up):  # died while the rest was being started
+            driver.lose(replica)
         stack.callback(asyncio.create_task(_flush_often(engine)).cancel)
         server = _Uvicorn(
             uvicorn.Config(
@@ -175,10 +171,25 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             yield engine
         finally:  # in this order: each may still have a word for the next
             await _end_serving(server, serving)
-            await replica.stop()
+            await pool.stop()
             if encoder is not None:
                 await encoder.stop()
             driver.close()
+
+
+def worker_specs(
+    scenario: Scenario, options: ServeOptions, hash_key: bytes, epoch_ns: int, cores: tuple[int, ...], threads: int
+) -> list[WorkerSpec]:
+    """What each replica process is to know. ``cores``: of all of them; () = wherever."""
+    folder = options.folder
+    return [
+        WorkerSpec(
+            socket_path="", model=scenario.model, replica=replica_config(scenario, index=n), hash_key=hash_key,
+            epoch_ns=epoch_ns, threads=threads, cores=cores[n * threads : (n + 1) * threads],
+            journal=str(folder / "journal" / f"replica-{n}.ndjson") if folder else "", fake_cost=options.fake_cost,
+        )
+        for n in range(scenario.replicas)
+    ]
 
 
 async def _end_serving(server: _Uvicorn, serving: asyncio.Task[None]) -> None:
@@ -217,7 +228,7 @@ class Ledger:
             raise UserError("no ledger can be written", str(path), why, "give a new run folder") from None
         self._encoder = msgspec.json.Encoder()
 
-    def append(self, record: RequestRecord | LevelRecord) -> None:
+    def append(self, record: LedgerRecord) -> None:
         """One line, buffered."""
         self._file.write(self._encoder.encode(record) + b"\n")
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import STATUS_OF_CODE, JournalError
-from engine.events import LevelRecord, RequestRecord
+from engine.events import LedgerRecord, LevelRecord, RequestRecord
 
 DTYPES = {
     "request_id": "string", "tenant": "string", "traffic_class": "string", "intent": "string", "arrived_ns": "Int64",
@@ -38,13 +38,13 @@ class Run:
 
     frame: pd.DataFrame
     levels: pd.DataFrame
-    records: list[RequestRecord | LevelRecord]
+    records: list[LedgerRecord]
     start_ns: int
     duration_ns: int
 
 
 def requests_frame(
-    records: Iterable[RequestRecord | LevelRecord], seen: pd.DataFrame | None = None, start_ns: int = 0
+    records: Iterable[LedgerRecord], seen: pd.DataFrame | None = None, start_ns: int = 0
 ) -> pd.DataFrame:
     """One row a request, in order of arrival; the columns of requests.parquet.
 
@@ -71,7 +71,7 @@ def requests_frame(
 
 
 def level_frame(
-    records: Iterable[RequestRecord | LevelRecord], duration_ns: int, start_ns: int = 0
+    records: Iterable[LedgerRecord], duration_ns: int, start_ns: int = 0
 ) -> pd.DataFrame:
     """``at_ns level``, a step function from 0 to ``duration_ns``: each level holds until the next row."""
     changes = sorted(((r.at_ns - start_ns, r.level) for r in records if isinstance(r, LevelRecord)), key=lambda c: c[0])
@@ -81,7 +81,7 @@ def level_frame(
 
 
 def write_run(
-    folder: Path, frame: pd.DataFrame, records: Iterable[RequestRecord | LevelRecord] | None, duration_ns: int,
+    folder: Path, frame: pd.DataFrame, records: Iterable[LedgerRecord] | None, duration_ns: int,
     start_ns: int = 0,
 ) -> None:
     """requests.parquet and ledger/records.ndjson below ``folder``. Raises FileExistsError: no run overwrites a run.
@@ -113,11 +113,11 @@ def read_run(folder: Path) -> Run:
     return Run(_typed(table.to_pandas()), level_frame(records, duration_ns, start_ns), records, start_ns, duration_ns)
 
 
-def _read_records(path: Path) -> list[RequestRecord | LevelRecord]:
-    records: list[RequestRecord | LevelRecord] = []
+def _read_records(path: Path) -> list[LedgerRecord]:
+    records: list[LedgerRecord] = []
     if not path.is_file():
         return records
-    decoder = msgspec.json.Decoder(RequestRecord | LevelRecord)
+    decoder = msgspec.json.Decoder(LedgerRecord)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

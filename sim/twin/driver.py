@@ -24,17 +24,17 @@ from engine.events import (
     FindSimilar,
     GatewayAction,
     GatewayEvent,
-    LevelRecord,
+    LedgerRecord,
     Neighbour,
     Plan,
     Record,
     Reject,
     ReplicaAction,
     ReplicaEvent,
-    RequestRecord,
     RunStep,
     Similar,
     StepDone,
+    StepFailed,
     StoreVector,
     Submit,
     Wake,
@@ -45,12 +45,18 @@ from engine.model.index import VectorIndex
 from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
-from engine.service.driver import Word
-from engine.units import ms_to_ns
+from engine.service.driver import STORE_WITHIN_S, Word
+from engine.units import ms_to_ns, s_to_ns
 from engine.values import Section
-from sim.twin.encoder import EncoderServer
+from sim.twin.encoder import Call, EncoderServer
 
 Teller = Callable[[GatewayEvent], None]
+Fails = Callable[[int, int], bool]  # (replica, when its step began) -> whether that step raises
+
+
+def never(replica: int, began_ns: int) -> bool:
+    """Hardware without faults."""
+    return False
 
 
 class Rank(IntEnum):
@@ -108,11 +114,13 @@ class GatewaySim:
         self.env, self.machine, self._lags, self._answer_of = env, machine, lags, answer_of
         self._encoder, self._index = encoder, VectorIndex(dims)
         self._fresh: dict[bytes, np.ndarray] = {}
+        self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
+        self._looks: dict[int, Call] = {}  # rid -> its wait for the encoder
         self._journal, self._check = journal, check
-        self.replica: ReplicaSim | None = None
-        self.records: list[RequestRecord | LevelRecord] = []
+        self.replicas: list[ReplicaSim] = []
+        self.records: list[LedgerRecord] = []
         self.answers: list[Answer | Reject] = []
-        self._rid_of: dict[int, int] = {}
+        self._submits: dict[int, Submit] = {}
         self._waiting: dict[int, None] = {}  # clients without an answer
         self._inbox: deque[GatewayEvent] = deque()
         self._busy = False
@@ -126,8 +134,8 @@ class GatewaySim:
     def give_up(self, rid: int) -> None:
         """The client has lost patience, if it still waits."""
         if rid in self._waiting:
-            del self._waiting[rid]
             self.tell(Cancel(rid))
+            self._forget(rid)
 
     def tell(self, event: GatewayEvent) -> None:
         """An event has come."""
@@ -150,7 +158,7 @@ class GatewaySim:
         self._arm()
 
     def _with_answer(self, event: Ended) -> Ended:
-        rid = self._rid_of.pop(event.sid)
+        rid = self._submits.pop(event.sid).rid
         if event.reason not in ("stop", "length"):
             return event
         answer_id, answer_bytes = self._answer_of(rid)
@@ -161,20 +169,20 @@ class GatewaySim:
 
     def _carry_out(self, action: GatewayAction) -> None:
         match action:
-            case Submit(sid=sid, rid=rid):
-                self._rid_of[sid] = rid
-                self._send(action)
-            case Abort():
-                self._send(action)
+            case Submit(sid=sid):
+                self._submits[sid] = action
+                self._send(action.replica, action)
+            case Abort(sid=sid):
+                self._send(self._submits[sid].replica, action)
             case FindSimilar():
                 self._look(action)
             case StoreVector(hard_key=hard_key, text_key=text_key):
-                if (vector := self._fresh.get(text_key)) is not None:
-                    self._index.add(hard_key, text_key, vector)
+                self._store(hard_key, text_key)
             case DropVector(hard_key=hard_key, text_key=text_key):
+                self._awaited.discard((hard_key, text_key))
                 self._index.remove(hard_key, text_key)
             case Answer(rid=rid) | Reject(rid=rid):
-                del self._waiting[rid]
+                self._forget(rid)
                 self.answers.append(action)
             case Record(record=record):
                 self.records.append(record)
@@ -184,9 +192,14 @@ class GatewaySim:
             self._inbox.append(Similar(ask.rid, status="unfit"))
             return
         deadline_ns = now_ns(self.env) + ms_to_ns(self.machine.config.semantic.deadline_ms)
-        self._encoder.encode(ask.text_key, deadline_ns, lambda vector, word: self._found(ask, vector, word))
+        call = self._encoder.encode(
+            ask.text_key, deadline_ns, lambda vector, word: self._found(ask, vector, word)
+        )
+        if call is not None:
+            self._looks[ask.rid] = call
 
     def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
+        self._looks.pop(ask.rid, None)
         if vector is None:
             self.tell(Similar(ask.rid, status=word))
             return
@@ -194,10 +207,28 @@ class GatewaySim:
         near = self._index.search(ask.hard_key, vector, ask.at_most)
         self.tell(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
 
-    def _send(self, message: Submit | Abort) -> None:
-        replica = self.replica
-        assert replica is not None
-        at(self.env, Rank.TO_REPLICA, self._lags.pipe_ns, lambda: replica.receive(message))
+    def _store(self, hard_key: bytes, text_key: bytes) -> None:
+        if (vector := self._fresh.get(text_key)) is not None:
+            self._index.add(hard_key, text_key, vector)
+        elif self._encoder is not None:
+            self._awaited.add((hard_key, text_key))
+            within_ns = now_ns(self.env) + s_to_ns(STORE_WITHIN_S)
+            self._encoder.encode(text_key, within_ns, lambda vector, _: self._store_late(hard_key, text_key, vector))
+
+    def _store_late(self, hard_key: bytes, text_key: bytes, vector: np.ndarray | None) -> None:
+        if (hard_key, text_key) in self._awaited:
+            self._awaited.discard((hard_key, text_key))
+            if vector is not None:
+                self._index.add(hard_key, text_key, vector)
+
+    def _forget(self, rid: int) -> None:
+        del self._waiting[rid]
+        if self._encoder is not None and (call := self._looks.pop(rid, None)) is not None:
+            self._encoder.cancel(call)
+
+    def _send(self, replica: int, message: Submit | Abort) -> None:
+        there = self.replicas[replica]
+        at(self.env, Rank.TO_REPLICA, self._lags.pipe_ns, lambda: there.receive(message))
 
     def _arm(self) -> None:
         wake_ns = self.machine.next_wake_ns()
@@ -226,8 +257,10 @@ class ReplicaSim:
         tell: Teller,
         journal: JournalWriter | None = None,
         check: bool = False,
+        fails: Fails = never,
     ) -> None:
         """``output_tokens_of(rid)``: length of a request's answer, as far as ``max_tokens`` lets it run."""
+        self._fails = fails
         self.env, self.machine, self.runner, self.cost, self._lags = env, machine, runner, cost, lags
         self._output_tokens_of, self._tell, self._journal, self._check = output_tokens_of, tell, journal, check
         self.busy_ns = 0
@@ -294,7 +327,10 @@ class ReplicaSim:
             return
         step, self._step = self._step, None
         self.busy_ns += now_ns(self.env) - self._began_ns
-        self._handle(self.runner.advance(step, self._steps))
+        if self._fails(self.machine.config.index, self._began_ns):
+            self._handle(StepFailed("a fault of the scenario"))
+        else:
+            self._handle(self.runner.advance(step, self._steps))
         self._steps = 0
         if self._lags.turn_ns:
             self._plan_turn(self._lags.turn_ns)

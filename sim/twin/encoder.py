@@ -30,11 +30,13 @@ class EncoderCost(Section):
 class _Job:
     text_key: bytes
     vector: np.ndarray
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
+class Call:
+    """One caller's wait; ``done`` is None once it has been told, or has left."""
+
     deadline_ns: int
     done: Done | None
 
@@ -53,25 +55,31 @@ class EncoderServer:
         self._busy = False
         self.batches = self.texts = 0
 
-    def encode(self, text_key: bytes, deadline_ns: int, done: Done) -> None:
-        """Calls ``done`` exactly once; at once when the vector is known or cannot be."""
+    def encode(self, text_key: bytes, deadline_ns: int, done: Done) -> Call | None:
+        """Calls ``done`` exactly once; at once when the vector is known or cannot be. The result is for ``cancel``."""
         if text_key in self._memo:
             done(self._memo[text_key], "ok")
-            return
+            return None
         vector = self._vectors.get(text_key)
         if vector is None:
             done(None, "unfit")
-            return
+            return None
         job = self._jobs.get(text_key)
         if job is None:
             job = self._jobs[text_key] = _Job(text_key, vector)
             self._queue.append(job)
-        call = _Call(deadline_ns, done)
+        call = Call(deadline_ns, done)
         job.calls.append(call)
         self._later(deadline_ns - self._now(), lambda: self._late(call))
         self._turn()
+        return call
 
-    def _late(self, call: _Call) -> None:
+    @staticmethod
+    def cancel(call: Call) -> None:
+        """The caller has left: ``done`` will not be called."""
+        call.done = None
+
+    def _late(self, call: Call) -> None:
         if call.done is not None:
             done, call.done = call.done, None
             done(None, "late")

@@ -1,4 +1,4 @@
-"""A whole doorbuster on the simulated clock: one gateway, one replica, a list of arrivals in, records out.
+"""A whole doorbuster on the simulated clock: one gateway, its replicas, a list of arrivals in, records out.
 
 The twin is told the scenario, the costs, the arrivals and how long each answer is. It is not told anything else of a
 live run. ``SimPy`` users can hand in their own environment and put a doorbuster into their own model.
@@ -20,7 +20,7 @@ from engine.model.counting import CountingRunner
 from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
-from sim.twin.driver import GatewaySim, Lags, Rank, ReplicaSim, at, now_ns
+from sim.twin.driver import Fails, GatewaySim, Lags, Rank, ReplicaSim, at, never, now_ns
 from sim.twin.encoder import EncoderCost, EncoderServer
 
 
@@ -44,11 +44,11 @@ class TwinRun(msgspec.Struct, frozen=True):
     levels: list[LevelRecord]
     answers: list[Answer | Reject]
     end_ns: int
-    busy_ns: int  # of the replica
+    busy_ns: int  # of the replicas, on average
 
 
 class TwinSystem:
-    """One gateway and one replica in ``env``."""
+    """One gateway and the scenario's replicas in ``env``."""
 
     def __init__(
         self,
@@ -63,20 +63,26 @@ class TwinSystem:
         check: bool = False,
         encoder: EncoderCost | None = None,
         vectors: dict[bytes, np.ndarray] | None = None,
+        fails: Fails = never,
     ) -> None:
         """``folder``: journals are written to its ``journal/``. ``check``: invariants after every event (slow).
 
-        ``vectors``: of the questions, by text key; with ``encoder`` they make the semantic tier.
+        ``vectors``: of the questions, by text key; with ``encoder`` they make the semantic tier. ``fails``: steps that
+        raise, for drills.
         """
         self.env = env if env is not None else simpy.Environment(0)
         self._emit_ns = lags.emit_ns
         self._by_rid = {arrival.ask.rid: arrival for arrival in arrivals}
-        gateway, replica = gateway_config(scenario, tenants), replica_config(scenario)
+        gateway = gateway_config(scenario, tenants)
+        replicas = [replica_config(scenario, index=n) for n in range(scenario.replicas)]
         self._journals = [] if folder is None else [
             JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", gateway, hasher.key),
-            JournalWriter(folder / "journal" / "replica-0.ndjson", "replica", replica, hasher.key),
+            *(
+                JournalWriter(folder / "journal" / f"replica-{n}.ndjson", "replica", replica, hasher.key)
+                for n, replica in enumerate(replicas)
+            ),
         ]
-        journals: list[JournalWriter] | list[None] = self._journals or [None, None]
+        journals: list[JournalWriter | None] = [*self._journals] or [None] * (1 + len(replicas))
         server, dims = None, 384
         if encoder is not None and vectors:
             dims = len(next(iter(vectors.values())))
@@ -87,11 +93,13 @@ class TwinSystem:
         self.gateway = GatewaySim(
             self.env, Gateway(gateway), lags, self._answer_of, journals[0], check, server, dims
         )
-        self.replica = ReplicaSim(
-            self.env, Replica(replica), CountingRunner(hasher), cost, lags,
-            lambda rid: self._by_rid[rid].output_tokens, self.gateway.tell, journals[1], check,
-        )
-        self.gateway.replica = self.replica
+        self.gateway.replicas = [
+            ReplicaSim(
+                self.env, Replica(replica), CountingRunner(hasher), cost, lags,
+                lambda rid: self._by_rid[rid].output_tokens, self.gateway.tell, journal, check, fails,
+            )
+            for replica, journal in zip(replicas, journals[1:], strict=True)
+        ]
         for arrival in arrivals:
             self._schedule(arrival, lags.admit_ns)
 
@@ -121,6 +129,7 @@ class TwinSystem:
         return TwinRun(
             requests=requests,
             levels=[r for r in records if isinstance(r, LevelRecord)],
-            answers=self.gateway.answers, busy_ns=self.replica.busy_ns,
+            answers=self.gateway.answers,
+            busy_ns=sum(replica.busy_ns for replica in self.gateway.replicas) // len(self.gateway.replicas),
             end_ns=max((r.arrived_ns + r.e2e_ns for r in requests), default=0),  # not the last idle timer
         )

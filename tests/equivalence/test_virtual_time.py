@@ -41,8 +41,9 @@ from engine.service.driver import GatewayDriver
 from engine.units import S_NS
 from sim.twin.driver import Lags
 from sim.twin.encoder import EncoderCost
+from sim.twin.replay import replay
 from sim.twin.system import TwinArrival, TwinSystem
-from tests.equivalence.virtual import InProcessReplica, VirtualEncoder, VirtualLoop
+from tests.equivalence.virtual import InProcessReplica, Links, VirtualEncoder, VirtualLoop
 
 ENCODER = EncoderCost(fixed_ns=31_000_003, text_ns=9_000_011, max_batch=4)
 DIMS = 8
@@ -53,10 +54,11 @@ COST = StepCost(
 TENANTS = {"shop": TenantConfig(), "greedy": TenantConfig(rate_rps=1.0, burst=3.0, tokens_per_s=400.0)}
 
 
-def scenario() -> Scenario:
+def scenario(replicas: int = 1) -> Scenario:
     """Small enough for shortage everywhere: slots, blocks, answers, patience."""
     return Scenario(
         name="tight",
+        replicas=replicas,
         classes={
             "fraud": ClassConfig("critical", slo_ttft_ms=1000, max_tokens=4, caches="none", pinned=True),
             "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000, caches="semantic"),
@@ -72,9 +74,15 @@ def scenario() -> Scenario:
             deadline_ms=45, cosine=0.97, approximate_cosine=0.9, ttl_s=4.0, stale_s=10.0, max_entries=30
         ),
         encoder_breaker=BreakerConfig(
-            window="count", window_size=8, minimum_calls=4, slow_share=0.5, open_ms=700, half_open_permits=2
+            window="count", window_size=8, minimum_calls=4, slow_share=0.25, open_ms=700, half_open_permits=2
         ),
+        breaker=BreakerConfig(window="count", window_size=12, minimum_calls=6, open_ms=400, half_open_permits=2),
     )
+
+
+def fails_at(replica: int, began_ns: int) -> bool:
+    """The first replica's steps of a second and a half, in the middle of the rush."""
+    return replica == 0 and 9 * S_NS < began_ns < 10.5 * S_NS
 
 
 def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[int], TwinArrival]]:
@@ -121,27 +129,32 @@ def vectors(asks: list[Arrive]) -> dict[bytes, np.ndarray]:
     return out
 
 
-def run_live(folder: Path, seed: int) -> None:
+def run_live(folder: Path, seed: int, replicas: int) -> None:
     hasher = Hasher(b"key", 16)
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
-    config, replica = gateway_config(scenario(), TENANTS), replica_config(scenario())
+    tight = scenario(replicas)
+    config = gateway_config(tight, TENANTS)
     requests = workload(hasher, seed)
     answers = {tuple(prompt): answer for _, prompt, answer, _ in requests}
-    runner = FakeRunner(lambda prompt: answers[tuple(prompt)], hasher, None)
-    driver = ReplicaDriver(
-        Replica(replica), runner, JournalWriter(folder / "journal/replica-0.ndjson", "replica", replica, hasher.key)
-    )
-    link = InProcessReplica(loop, driver, runner, COST, lambda output: gateway.hear(output))
+    links, journals = Links(), []
+    for n in range(config.replicas):
+        replica = replica_config(tight, index=n)
+        runner = FakeRunner(lambda prompt: answers[tuple(prompt)], hasher, None)
+        journals.append(JournalWriter(folder / f"journal/replica-{n}.ndjson", "replica", replica, hasher.key))
+        driver = ReplicaDriver(Replica(replica), runner, journals[-1])
+        links.replicas.append(
+            InProcessReplica(loop, driver, runner, COST, lambda output: gateway.hear(output), fails_at)
+        )
     gateway = GatewayDriver(
-        Gateway(config), loop.now_ns, link, hasher, lambda: Detokenizer(small_tokenizer()),
+        Gateway(config), loop.now_ns, links, hasher, lambda: Detokenizer(small_tokenizer()),
         {"fallback:tips": "these five"},
         JournalWriter(folder / "journal/gateway-0.ndjson", "gateway", config, hasher.key),
         encoder=VirtualEncoder(loop, ENCODER, vectors([ask for ask, *_ in requests])), dims=DIMS,
     )
 
     async def sale() -> None:
-        replica_task = asyncio.create_task(link.run())
+        tasks = [asyncio.create_task(replica.run()) for replica in links.replicas]
         for ask, prompt, _, arrival in requests:
             loop.call_at(ask.arrived_ns / S_NS, gateway.arrive, ask, prompt, SamplingParams())
             if arrival.gives_up_ns is not None:
@@ -149,21 +162,24 @@ def run_live(folder: Path, seed: int) -> None:
         done = loop.create_future()
         loop.call_at(120.0, done.set_result, None)
         await done
-        replica_task.cancel()
+        for task in tasks:
+            task.cancel()
 
     loop.run_until_complete(sale())
     assert gateway.in_flight == 0
     gateway.close()
-    driver._journal.close()  # type: ignore[union-attr]
+    for journal in journals:
+        journal.close()
     loop.close()
 
 
-def run_twin(folder: Path, seed: int) -> None:
+def run_twin(folder: Path, seed: int, replicas: int) -> None:
     hasher = Hasher(b"key", 16)
     arrivals = [arrival for *_, arrival in workload(hasher, seed)]
     known = vectors([arrival.ask for arrival in arrivals])
     TwinSystem(
-        scenario(), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True, encoder=ENCODER, vectors=known
+        scenario(replicas), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True, encoder=ENCODER, vectors=known,
+        fails=fails_at,
     ).run()
 
 
@@ -171,20 +187,36 @@ def lines(folder: Path, name: str) -> list[GatewayEntry | ReplicaEntry]:
     return list(open_journal(folder / "journal" / name).entries())
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int) -> None:
-    run_live(tmp_path / "live", seed)
-    run_twin(tmp_path / "twin", seed)
-    for name in ("gateway-0.ndjson", "replica-0.ndjson"):
-        live, twin = lines(tmp_path / "live", name), lines(tmp_path / "twin", name)
+def compare(folder: Path, seed: int, replicas: int) -> str:
+    """Both ways into ``folder``, compared line by line; the gateway's journal."""
+    run_live(folder / "live", seed, replicas)
+    run_twin(folder / "twin", seed, replicas)
+    for name in ("gateway-0.ndjson", *(f"replica-{n}.ndjson" for n in range(replicas))):
+        live, twin = lines(folder / "live", name), lines(folder / "twin", name)
         for ours, theirs in zip(live, twin, strict=False):
             assert ours == theirs, f"{name}: first difference at {ours.at_ns / S_NS:.6f} s"
         assert len(live) == len(twin)
-    text = (tmp_path / "live/journal/gateway-0.ndjson").read_text()
+        assert replay(folder / "live" / "journal" / name).identical
+    return (folder / "live/journal/gateway-0.ndjson").read_text()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int) -> None:
+    text = compare(tmp_path, seed, 1)
     for what in ('"tier":"exact"', '"tier":"coalesced"', '"tier":"approximate"', '"tier":"fallback"', "rate_limited",
                  "overloaded", '"LevelRecord"', '"tier":"semantic"', '"StoreVector"', '"DropVector"', '"status":"late"',
-                 '"DropAnswer"', '"level":2', '"Cancel"', '"Abort"', '"deadline"'):
+                 '"DropAnswer"', '"level":2', '"Cancel"', '"Abort"', '"deadline"', '"BreakerRecord"', "breaker_open",
+                 '"boundary":"replica-0"', '"boundary":"encoder"', "model_failed"):
         assert what in text, f"the workload no longer exercises {what}"
     assert any(e.at_most > 1 for entry in lines(tmp_path / "live", "replica-0.ndjson") for e in entry.actions
                if hasattr(e, "at_most")), "the workload no longer runs several steps at once"
     assert '"preemptions":' in text, "the workload no longer preempts"
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_so_they_do_with_several_replicas(tmp_path: Path, seed: int) -> None:
+    text = compare(tmp_path, seed, 3)
+    for replica in range(3):
+        assert f'"replica":{replica}' in text, "the router no longer uses all replicas"
+    assert '"boundary":"replica-0"' in text
+    assert '"boundary":"replica-1"' not in text

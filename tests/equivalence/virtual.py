@@ -11,13 +11,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from engine.events import StepFailed
 from engine.model.fake import FakeRunner
 from engine.model.stepcost import StepCost
+from engine.model.stepping import StepResult
 from engine.model.wire import Output, ToReplica
 from engine.model.worker import ReplicaDriver
 from engine.service.driver import Word
 from engine.units import S_NS
-from sim.twin.encoder import EncoderCost, EncoderServer
+from sim.twin.driver import Fails, never
+from sim.twin.encoder import Call, EncoderCost, EncoderServer
 
 
 class _NoWait(selectors.SelectSelector):
@@ -65,25 +68,39 @@ class VirtualEncoder:
 
     def encode(
         self, text_key: bytes, text: str, deadline_s: float, done: Callable[[np.ndarray | None, Word], None]
-    ) -> None:
-        self._server.encode(text_key, self._loop.now_ns() + round(deadline_s * S_NS), done)
+    ) -> Call | None:
+        return self._server.encode(text_key, self._loop.now_ns() + round(deadline_s * S_NS), done)
+
+    def cancel(self, call: Call) -> None:
+        self._server.cancel(call)
 
     def _later(self, wait_ns: int, call: Callable[[], None]) -> None:
         self._loop.call_at((self._loop.now_ns() + wait_ns) / S_NS, call)
 
 
+class Links:
+    """The driver's ReplicaLink: all replicas, in this process."""
+
+    def __init__(self) -> None:
+        self.replicas: list[InProcessReplica] = []
+
+    def send(self, replica: int, message: ToReplica) -> None:
+        self.replicas[replica].put(message)
+
+
 class InProcessReplica:
-    """A ReplicaLink whose replica driver runs as a task on the same loop; steps take exactly what they cost."""
+    """A replica driver as a task on the same loop; steps take exactly what they cost."""
 
     def __init__(
         self, loop: VirtualLoop, driver: ReplicaDriver, runner: FakeRunner, cost: StepCost,
-        hear: Callable[[Output], None],
+        hear: Callable[[Output], None], fails: Fails = never,
     ) -> None:
+        self._fails = fails
         self._loop, self._driver, self._runner, self._cost, self._hear = loop, driver, runner, cost, hear
         self._mailbox: list[ToReplica] = []
         self._news = asyncio.Event()
 
-    def send(self, message: ToReplica) -> None:
+    def put(self, message: ToReplica) -> None:
         self._mailbox.append(message)
         self._news.set()
 
@@ -100,14 +117,17 @@ class InProcessReplica:
             idle = step is None
             if step is None:
                 continue
-            end_ns = self._loop.now_ns()
+            end_ns = began_ns = self._loop.now_ns()
             most = self._runner.counting.steps_until_end(step) if step.at_most > 1 else 1
             for ran in range(1, most + 1):
                 end_ns += self._cost.ns(step.shape, ran - 1)
                 await self._until(end_ns)
                 if self._mailbox:
                     break
-            self._tell(self._driver.finish(self._loop.now_ns(), self._runner.advance(step, ran)))
+            broken = self._fails(self._driver.machine.config.index, began_ns)
+            failed = StepResult(StepFailed("a fault of the scenario"), [])
+            result = failed if broken else self._runner.advance(step, ran)
+            self._tell(self._driver.finish(self._loop.now_ns(), result))
 
     def _tell(self, output: Output | None) -> None:
         if output is not None:

@@ -26,7 +26,6 @@ import copy
 import random
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
 
 import pytest
 from hypothesis import settings
@@ -49,6 +48,7 @@ from engine.events import (
     Answer,
     Arrive,
     Attach,
+    BreakerRecord,
     Cancel,
     Drain,
     DropAnswer,
@@ -64,6 +64,8 @@ from engine.events import (
     Pressure,
     Record,
     Reject,
+    ReplicaBack,
+    ReplicaLost,
     RequestRecord,
     Similar,
     StoreAnswer,
@@ -72,9 +74,10 @@ from engine.events import (
     Waiting,
     Wake,
 )
-from engine.policy.breaker import Breaker
+from engine.policy.breaker import Breaker, spread
 from engine.policy.gateway import Gateway, fallback_id
 from engine.policy.overload import Overload
+from engine.policy.router import Router
 from engine.units import MS_NS, S_NS
 from tests.policy.worlds import digest_of, replayed_elsewhere
 
@@ -101,8 +104,9 @@ TENANTS = {
 TTL_NS, KEEP_NS = 2 * S_NS, 6 * S_NS
 
 
-def config(semantic: bool = True, exact: bool = True, breaker: bool = True) -> GatewayConfig:
+def config(semantic: bool = True, exact: bool = True, breaker: bool = True, replicas: int = 1) -> GatewayConfig:
     return GatewayConfig(
+        replicas=replicas,
         classes=CLASSES, tenants=TENANTS, limiter=LimiterConfig(token_burst_s=1e12), index=3,
         exact=ExactConfig(enabled=exact, ttl_s=2, stale_s=4),
         semantic=SemanticConfig(enabled=semantic, ttl_s=2, stale_s=4, cosine=0.95, approximate_cosine=0.85),
@@ -121,7 +125,7 @@ class Flight:
     submit: Submit
     key: bytes
     source: str
-    permit: int
+    permit: int | None  # None once given back
     riders: list[Trip]
     started: bool = False
     aborted: bool = False
@@ -142,6 +146,7 @@ class Trip:
     waits_for_similar: int | None = None  # the encoder's permit
     neighbours: tuple[Neighbour, ...] = ()
     has_vector: bool = False
+    retried: bool = False
     leads: bool = False
     reserved: int = 0
     used: int = 0
@@ -179,10 +184,16 @@ class GatewayWorld:
         self.vectors: dict[bytes, None] = {}  # and these
         self.next_sid = config.index << 40
         self.fallbacks = 10**6  # answers of last resort that are left
-        self.overload = Overload(config.overload, CLASSES)  # these three have tests of their own
-        self.breaker, self.encoder = Breaker(config.breaker), Breaker(config.encoder_breaker)
-        self.last_word: tuple[Waiting, ...] = ()
-        self.acked_sid = -1
+        self.overload = Overload(config.overload, CLASSES)  # this, breakers and router have tests of their own
+        cuts = config.breaker.open_jitter
+        self.breakers = [
+            Breaker(config.breaker, spread(config.index * config.replicas + n, cuts)) for n in range(config.replicas)
+        ]
+        self.encoder = Breaker(config.encoder_breaker, spread(config.index, config.encoder_breaker.open_jitter))
+        self.router = Router(config.router, config.replicas, config.block_tokens)
+        self.up = set(range(config.replicas))
+        self.last_words: dict[int, tuple[Waiting, ...]] = {}
+        self.acked_sids = dict.fromkeys(range(config.replicas), -1)
 
     # ------------------------------------------------------------ events
 
@@ -227,7 +238,7 @@ class GatewayWorld:
             said = {"ok": "ok", "late": "slow", "failed": "fail", "unfit": "ignored"}[status]
             self.encoder.release(self.now_ns, trip.waits_for_similar, said)  # type: ignore[arg-type]
             trip.waits_for_similar = None
-            trip.has_vector, trip.neighbours = status == "ok", event.neighbours
+            trip.has_vector, trip.neighbours = status in ("ok", "late"), event.neighbours
             self._way(trip)
 
         self._tell(event, spec)
@@ -236,6 +247,7 @@ class GatewayWorld:
         def spec() -> None:
             if flight := self.flights.get(sid):
                 flight.started = True
+                self.router.started(sid)
                 for trip in flight.riders:
                     if trip.first_ns is None and not trip.outcome:
                         trip.first_ns = self.now_ns
@@ -243,7 +255,7 @@ class GatewayWorld:
         self._tell(FirstToken(sid, 7, 2), spec)
 
     def end(self, sid: int, reason: EndReason, answer_id: str = "a", outputs: int = 3) -> None:
-        ran = reason not in ("deadline", "draining")
+        ran = reason not in ("deadline", "draining", "lost")
         good = reason in ("stop", "length")
         ended = Ended(
             sid, reason, computed_tokens=3 * ran, cached_tokens=2 * ran, output_tokens=outputs * ran, queue_ns=7 * ran,
@@ -255,20 +267,42 @@ class GatewayWorld:
             if flight is None:
                 return
             self._hide(flight)
+            bad = reason in ("failed", "lost")
+            self._give_back(flight, "ok" if good else "fail" if bad else "cancelled")
             for trip in flight.riders:
                 self._landed(trip, flight, ended)
 
         self._tell(ended, spec)
 
-    def pressure(self, ages_ms: dict[str, int], acked_sid: int = -1) -> None:
-        """The replica's word: how long the oldest of each class has waited."""
+    def pressure(self, ages_ms: dict[str, int], acked_sid: int = -1, replica: int = 0) -> None:
+        """A replica's word: how long the oldest of each class has waited."""
         waiting = tuple(Waiting(name, 1, self.now_ns - ms * MS_NS) for name, ms in ages_ms.items())
 
         def spec() -> None:
-            self.last_word, self.acked_sid = waiting, max(self.acked_sid, acked_sid)
+            if replica in self.up:
+                self.last_words[replica] = waiting
+                self.acked_sids[replica] = max(self.acked_sids[replica], acked_sid)
+                self.router.hear(replica, 9)
             self._observe()
 
-        self._tell(Pressure(0, acked_sid, running=1, waiting=waiting), spec)
+        self._tell(Pressure(replica, acked_sid, running=1, waiting=waiting, queued_tokens=9), spec)
+
+    def lose(self, replica: int) -> None:
+        """It dies, and its driver says so of each of its submissions."""
+
+        def spec() -> None:
+            self.up.discard(replica)
+            self.last_words.pop(replica, None)
+            self.router.lose(replica)
+            self._observe()
+
+        self._tell(ReplicaLost(replica), spec)
+        for sid, flight in list(self.flights.items()):
+            if flight.submit.replica == replica:
+                self.end(sid, "lost")
+
+    def back(self, replica: int) -> None:
+        self._tell(ReplicaBack(replica), lambda: self.up.add(replica))
 
     def cancel(self, rid: int) -> None:
         if rid in self.trips and rid not in self.heard:
@@ -318,7 +352,8 @@ class GatewayWorld:
                 self.end(sid, "aborted" if flight.aborted else "stop")
         stats = self.machine.stats()
         assert (stats.in_flight, stats.flights.flights, stats.flights.riders) == (0, 0, 0)
-        assert (stats.breaker.open_permits, stats.encoder.open_permits) == (0, 0)
+        assert all(breaker.open_permits == 0 for breaker in (*stats.fleet.breakers, stats.encoder))
+        assert stats.fleet.router.ahead_tokens == tuple(9 * (n in self.last_words) for n in range(len(self.breakers)))
         assert stats.arrived == stats.ended == len(self.arrived)
         assert len(self.rows) == len(self.arrived), "record: one for each Arrive"
         for ask in self.arrived:
@@ -340,10 +375,10 @@ class GatewayWorld:
         return self.overload.level
 
     def _observe(self) -> None:
-        """The replica's last word, and what it cannot have seen when it said it."""
-        sent = [(w.traffic_class, w.oldest_ns) for w in self.last_word]
+        """The replicas' last words, and what they cannot have seen when they said them."""
+        sent = [(w.traffic_class, w.oldest_ns) for words in self.last_words.values() for w in words]
         for sid, flight in self.flights.items():
-            if sid > self.acked_sid and not flight.started:
+            if sid > self.acked_sids[flight.submit.replica] and not flight.started and not flight.aborted:
                 sent.append((flight.submit.traffic_class, flight.submit.sent_ns))
         oldest_ns = {name: min(ns for other, ns in sent if other == name) for name, _ in sent}
         if change := self.overload.observe(self.now_ns, oldest_ns):
@@ -374,11 +409,14 @@ class GatewayWorld:
             levels = self.level - (2 if trip.cls.priority == 1 else 1)  # down to 2, or to 1
             self._fall_back(trip, "overloaded", max(S_NS, levels * 3 * 250 * MS_NS))
             self._close(trip)
-        elif (permit := self.breaker.acquire(self.now_ns)) is None:
-            self._fall_back(trip, "breaker_open", self.breaker.retry_after_ns(self.now_ns))
+        elif not self.up:
+            self._fall_back(trip, "replica_lost", S_NS)
+            self._close(trip)
+        elif not (trusted := [n for n in sorted(self.up) if not self.breakers[n].retry_after_ns(self.now_ns)]):
+            self._fall_back(trip, "breaker_open", min(self.breakers[n].retry_after_ns(self.now_ns) for n in self.up))
             self._close(trip)
         else:
-            self._lead(trip, permit)
+            self._lead(trip, self.router.choose(trusted, trip.ask))
 
     def _cached(self, trip: Trip) -> tuple[str, tuple[str, int, str, int]] | None:
         entry = self.cache.get(trip.key)
@@ -406,14 +444,18 @@ class GatewayWorld:
                 return "approximate", entry, cosine
         return None
 
-    def _lead(self, trip: Trip, permit: int) -> None:
+    def _lead(self, trip: Trip, replica: int) -> None:
         ask, cls = trip.ask, trip.cls
         submit = Submit(
             self.next_sid, ask.rid, ask.tenant, ask.traffic_class, cls.priority, self.now_ns,
             ask.arrived_ns + cls.slo_ttft_ms * MS_NS, ask.prompt_tokens, ask.max_tokens, ask.blocks, ask.pinned_blocks,
+            replica,
         )
+        permit = self.breakers[replica].acquire(self.now_ns)
+        assert permit is not None
+        self.router.sent(submit.sid, replica, ask)
         self.next_sid += 1
-        trip.leads, trip.row["replica"] = True, 0
+        trip.leads, trip.row["replica"] = True, replica
         flight = self.flights[submit.sid] = Flight(submit, trip.key, ask.request_id, permit, [trip])
         if trip.key:
             self.by_key[trip.key] = flight
@@ -424,8 +466,9 @@ class GatewayWorld:
         leads = trip is flight.riders[0]
         if not leads and not trip.outcome and ended.reason in ("aborted", "deadline", "draining"):
             return self._way(trip)
-        if leads:
-            self.breaker.release(self.now_ns, flight.permit, "ok" if good else self._verdict(ended.reason))
+        if ended.reason == "lost" and not trip.outcome and trip.first_ns is None and not trip.retried:
+            trip.retried = True
+            return self._way(trip)
         if leads and ended.computed_tokens:
             trip.used = trip.ask.prompt_tokens + ended.output_tokens
         if leads and good and trip.key and ended.answer_id:
@@ -450,12 +493,18 @@ class GatewayWorld:
                 self._serve(trip, Answer(trip.ask.rid, tier, ended.answer_id, trip.level, source=source))
             elif ended.reason == "draining":
                 self._reject(trip, "draining", S_NS)
+            elif ended.reason == "lost":
+                self._fall_back(trip, "replica_lost", S_NS)
             else:
                 self._fall_back(trip, "model_failed" if ended.reason == "failed" else "deadline_exceeded", None)
         return self._close(trip)
 
-    def _verdict(self, reason: EndReason) -> Literal["fail", "cancelled"]:
-        return "fail" if reason == "failed" else "cancelled"
+    def _give_back(self, flight: Flight, verdict: str) -> None:
+        """The permit, once."""
+        if flight.permit is not None:
+            self.breakers[flight.submit.replica].release(self.now_ns, flight.permit, verdict)  # type: ignore[arg-type]
+            flight.permit = None
+        self.router.ended(flight.submit.sid)
 
     def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         if not trip.cls.fallback or trip.first_ns is not None or not self.fallbacks:
@@ -471,7 +520,7 @@ class GatewayWorld:
         self.want.append(answer)
 
     def _reject(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
-        trip.outcome = "failed" if code == "model_failed" else "rejected"
+        trip.outcome = "failed" if code in ("model_failed", "replica_lost") else "rejected"
         trip.row |= {"error_code": code, "e2e_ns": self.now_ns - trip.ask.arrived_ns}
         self.want.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))
 
@@ -484,6 +533,8 @@ class GatewayWorld:
         if flight.deserted:
             flight.aborted = True
             self._hide(flight)
+            late = trip.outcome != "cancelled"
+            self._give_back(flight, "cancelled" if not late else "slow" if flight.started else "hang")
             self.want.append(Abort(flight.submit.sid))
         return None
 
@@ -520,6 +571,10 @@ class GatewayWorld:
         self.machine.check()
         self.want.clear()
         spec()
+        boundaries = {"encoder": self.encoder} | {f"replica-{n}": breaker for n, breaker in enumerate(self.breakers)}
+        for name, breaker in boundaries.items():
+            for moved in breaker.transitions():
+                self.want.append(Record(BreakerRecord(moved.at_ns, name, moved.before, moved.after, moved.why)))
         for action in actions:
             self._look(action)
         if any(isinstance(a, StoreAnswer) for a in actions):
@@ -589,9 +644,9 @@ def some_end(world: GatewayWorld, flight: Flight, r: int) -> EndReason:
 class GatewayMachine(RuleBasedStateMachine):
     """Short traces that shrink well."""
 
-    @initialize(semantic=st.booleans(), exact=st.sampled_from([True, True, True, False]))
-    def start(self, semantic: bool, exact: bool) -> None:
-        self.world = GatewayWorld(config(semantic, exact))
+    @initialize(semantic=st.booleans(), exact=st.sampled_from([True, True, True, False]), replicas=st.integers(1, 3))
+    def start(self, semantic: bool, exact: bool, replicas: int) -> None:
+        self.world = GatewayWorld(config(semantic, exact, replicas=replicas))
 
     @rule(
         traffic_class=st.sampled_from([*CLASSES]), key=st.sampled_from(KEYS), prompt=st.integers(1, 9),
@@ -624,10 +679,18 @@ class GatewayMachine(RuleBasedStateMachine):
 
     @rule(
         ages_ms=st.dictionaries(st.sampled_from([*CLASSES]), st.sampled_from([0, 110, 260, 450, 700]), max_size=2),
-        acked=st.integers(0, 3),
+        acked=st.integers(0, 3), pick=st.integers(0, 2),
     )
-    def pressure(self, ages_ms: dict[str, int], acked: int) -> None:
-        self.world.pressure(ages_ms, self.world.next_sid - 1 - acked)
+    def pressure(self, ages_ms: dict[str, int], acked: int, pick: int) -> None:
+        self.world.pressure(ages_ms, self.world.next_sid - 1 - acked, pick % len(self.world.breakers))
+
+    @rule(pick=st.integers(0, 2))
+    def lose_or_back(self, pick: int) -> None:
+        replica = pick % len(self.world.breakers)
+        if replica in self.world.up:
+            self.world.lose(replica)
+        else:
+            self.world.back(replica)
 
     @rule(back=st.integers(0, 12))
     def cancel(self, back: int) -> None:
@@ -691,17 +754,24 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
             world.end(sid, some_end(world, world.flights[sid], r.randrange(6)), r.choice("abc"))
         elif what < 0.9:
             name = r.choice([*CLASSES])
-            world.pressure({name: r.choice([0, 110, 260, 450, 700])} if r.random() < 0.8 else {}, world.next_sid - 1)
+            ages_ms = {name: r.choice([0, 110, 260, 450, 700])} if r.random() < 0.8 else {}
+            world.pressure(ages_ms, world.next_sid - 1 - r.choice([0, 0, 1]), r.randrange(len(world.breakers)))
         elif what < 0.97 and world.arrived:
             anybody = [ask.rid for ask in world.arrived]
             world.cancel(r.choice(anybody if r.random() < 0.3 else [*world.trips] or anybody))
+        elif what > 0.99:
+            replica = r.randrange(len(world.breakers))
+            if replica in world.up and r.random() < 0.4:
+                world.lose(replica)
+            elif replica not in world.up:
+                world.back(replica)
         if n == drain_at:
             world.drain()
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_long_random_traces(seed: int) -> None:
-    world = GatewayWorld(config(semantic=seed % 2 == 0))
+    world = GatewayWorld(config(semantic=seed % 2 == 0, replicas=1 + seed % 3))
     wander(world, seed, 3_000, drain_at=2_950)
     world.finish()
     rows = [*world.rows.values()]
@@ -709,6 +779,8 @@ def test_long_random_traces(seed: int) -> None:
     assert tiers >= {"exact", "approximate", "coalesced", "fallback", "model", "cancelled"}
     assert ("semantic" in tiers) == world.config.semantic.enabled
     assert tiers >= {"rate_limited", "overloaded", "draining", "deadline_exceeded", "model_failed", "breaker_open"}
+    assert "replica_lost" in tiers or len(world.breakers) > 1
+    assert {row.replica for row in rows} == {None, *range(len(world.breakers))}
 
 
 # ---------------------------------------------------------------- scenes
@@ -845,7 +917,8 @@ def test_an_open_breaker_refuses_whom_no_cache_or_flight_can_help() -> None:
         world.arrive("fraud")
         world.end(world.next_sid - 1, "failed")
     heard = [world.heard.get(world.arrive(name, key)) for name, key in (("fraud", b""), ("help", b"x"), ("chat", b"k"))]
-    assert (heard[0].code, heard[0].retry_after_ns) == ("breaker_open", S_NS)
+    assert heard[0].code == "breaker_open"
+    assert 0.9 * S_NS <= heard[0].retry_after_ns <= S_NS, "the open time, less its jitter"
     assert (heard[1].tier, world.rows[f"r{heard[1].rid}"].error_code) == ("fallback", "breaker_open")
     assert heard[2].tier == "exact"
     assert world.arrive("chat", b"f") not in world.heard, "rides"
@@ -991,3 +1064,72 @@ def test_the_same_events_give_the_same_actions_whatever_the_hash_seed() -> None:
     again = Gateway(config())
     assert all(again.handle(now_ns, event) == actions for now_ns, event, actions in world.journal)
     assert {replayed_elsewhere(Gateway, config(), world.journal, seed) for seed in (1, 2)} == {digest_of(world.journal)}
+
+
+# ---------------------------------------------------------------- replicas that hang, die and come back
+
+
+def test_a_replica_that_never_answers_opens_its_breaker() -> None:
+    """No Ended ever comes: the time-outs themselves must be the news."""
+    world = GatewayWorld(config(semantic=False))
+    for _ in range(4):
+        world.arrive("fraud")
+    world.time_passes(2_000 * MS_NS)
+    assert world.machine.stats().fleet.breakers[0].state == "open"
+    moved = [a.record for a in actions_of(world, Record) if isinstance(a.record, BreakerRecord)]
+    assert [(m.boundary, m.before, m.after, m.why) for m in moved] == [("replica-0", "closed", "open", "failing")]
+    assert world.heard[world.arrive("fraud")].code == "breaker_open"
+    world.finish()
+
+
+def test_what_was_given_up_no_longer_counts_as_waiting() -> None:
+    world = GatewayWorld(config(semantic=False))
+    world.arrive("fraud")
+    world.cancel(0)
+    world.time_passes(5 * S_NS)
+    assert world.level == 0, "a submission that was aborted ages nobody's queue"
+
+
+def test_a_lost_replicas_work_is_computed_elsewhere_once() -> None:
+    world = GatewayWorld(config(semantic=False, replicas=2))
+    rids = crowd(world, 3)
+    world.lose(0)
+    assert [flight.submit.replica for flight in world.flights.values()] == [1]
+    assert not any(rid in world.heard for rid in rids), "nobody was told anything yet"
+    world.back(0)
+    world.lose(1)
+    assert [world.heard[rid].code for rid in rids] == ["replica_lost"] * 3, "a request that kills replicas kills two"
+    assert not world.flights
+    world.finish()
+
+
+def test_who_has_heard_the_beginning_gets_no_second_one() -> None:
+    world = GatewayWorld(config(semantic=False, replicas=2))
+    rid = world.arrive("help", b"k")
+    world.first_token(world.next_sid - 1)
+    world.lose(0)
+    assert (world.heard[rid].code, world.heard[rid].retry_after_ns) == ("replica_lost", S_NS)
+    assert world.rows[f"r{rid}"].outcome == "failed"
+
+
+def test_with_no_replica_left_the_last_resort_answers() -> None:
+    world = GatewayWorld(config(semantic=False))
+    rid = world.arrive("help", b"k")
+    world.lose(0)
+    assert world.heard[rid].tier == "fallback"
+    assert world.heard[world.arrive("chat", b"q")].code == "replica_lost"
+    world.back(0)
+    world.arrive("chat", b"q")
+    world.end(world.next_sid - 1, "stop")
+    assert world.heard[2].tier == "model"
+    world.finish()
+
+
+def test_an_answer_whose_vector_was_late_is_found_all_the_same() -> None:
+    world = GatewayWorld(config())
+    rid = world.arrive("chat", b"k1")
+    world.similar(rid, "late")
+    world.end(world.next_sid - 1, "stop")
+    other = world.arrive("chat", b"k2")
+    world.similar(other, k1=0.97)
+    assert world.heard[other].tier == "semantic"

@@ -1,7 +1,7 @@
 """A gateway's picture of its replicas against one that keeps every message and every submission for ever.
 
 Mutations it caught:
-- acknowledged: one too few; only the first; own submissions not noted, or not forgotten
+- acknowledged: one too few; only the first; by another replica; own submissions not noted, or not forgotten
 - the youngest of a class instead of the oldest, in what was heard or in what was sent; old words kept beside the last
 """
 
@@ -18,8 +18,8 @@ from engine.policy.pressure import Pressures
 CLASSES = ["fraud", "chat", "reco"]
 
 
-def flight_of(sid: int, name: str, sent_ns: int) -> Flight:
-    return Flight(sid, b"", 1, name, sent_ns)
+def flight_of(sid: int, name: str, sent_ns: int, replica: int = 0) -> Flight:
+    return Flight(sid, replica, None, b"", 1, name, sent_ns)
 
 
 def said(acked_sid: int, replica: int = 0, **oldest_ns: int) -> Pressure:
@@ -38,10 +38,10 @@ class PressuresMachine(RuleBasedStateMachine):
         self.words: list[Pressure] = []
         self.now_ns = 0
 
-    @rule(name=st.sampled_from(CLASSES), ns=st.integers(0, 5))
-    def submit(self, name: str, ns: int) -> None:
+    @rule(name=st.sampled_from(CLASSES), ns=st.integers(0, 5), replica=st.integers(0, 1))
+    def submit(self, name: str, ns: int, replica: int) -> None:
         self.now_ns += ns
-        self.sent.append(flight_of(len(self.sent), name, self.now_ns))
+        self.sent.append(flight_of(len(self.sent), name, self.now_ns, replica))
         self.pressures.sent(self.sent[-1])
 
     @precondition(lambda self: self.sent)
@@ -56,14 +56,14 @@ class PressuresMachine(RuleBasedStateMachine):
         waiting=st.dictionaries(st.sampled_from(CLASSES), st.integers(0, 30), max_size=3),
     )
     def speak(self, replica: int, behind: int, waiting: dict[str, int]) -> None:
-        acked_sid = -1 if replica else len(self.sent) - 1 - behind  # all submissions go to replica 0
+        acked_sid = len(self.sent) - 1 - behind
         self.words.append(said(acked_sid, replica, **waiting))
         self.pressures.hear(self.words[-1])
 
     @invariant()
     def same(self) -> None:
         want: dict[str, int] = {}
-        instants = [(f.traffic_class, f.sent_ns) for f in self.sent if self.unheard(f.sid)]
+        instants = [(f.traffic_class, f.sent_ns) for f in self.sent if self.unheard(f)]
         for replica in (0, 1):
             for word in [w for w in self.words if w.replica == replica][-1:]:
                 instants += [(w.traffic_class, w.oldest_ns) for w in word.waiting]
@@ -76,8 +76,10 @@ class PressuresMachine(RuleBasedStateMachine):
         self.words = [said(word.acked_sid, replica) if word.replica == replica else word for word in self.words]
         self.pressures.lose(replica)
 
-    def unheard(self, sid: int) -> bool:
-        return sid not in self.left and all(word.acked_sid < sid for word in self.words)
+    def unheard(self, flight: Flight) -> bool:
+        """No replica speaks for another."""
+        words = [word for word in self.words if word.replica == flight.replica]
+        return flight.sid not in self.left and all(word.acked_sid < flight.sid for word in words)
 
 
 PressuresMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)

@@ -175,13 +175,15 @@ def test_a_text_is_dropped_when_the_last_of_both_caches_has_let_go() -> None:
     assert vectors == [b"q0", b"q1", b"q2", b"q3"]
 
 
-def test_late_answers_are_not_stored_as_similar_and_open_the_breaker() -> None:
+@pytest.mark.parametrize("status", ["late", "failed"])
+def test_an_encoder_that_is_late_or_fails_opens_the_breaker(status: str) -> None:
+    """What was late has a vector by and by, and is stored for those who ask next; what failed has none."""
     world = World()
     for number in range(4):
         world.ask(f"q{number}")
-        (submit,) = kinds(world.similar(status="late"), Submit)
+        (submit,) = kinds(world.similar(status=status), Submit)
         done = world.tell(Ended(submit.sid, "stop", 5, 0, 3, answer_id=f"a{number}", answer_bytes=30))
-        assert not kinds(done, StoreVector)
+        assert bool(kinds(done, StoreVector)) == (status == "late")
     actions = world.ask("q9")
     assert kinds(actions, Submit) and not kinds(actions, FindSimilar), "open: nobody waits for the encoder"
     world.now_ns = S_NS

@@ -65,12 +65,17 @@ class Engine:
     inside: RunningEngine
     loop: asyncio.AbstractEventLoop
     keys: dict[str, str]
-    worker: psutil.Process
+    workers: list[psutil.Process]  # the replicas' processes as they were first
     folder: Path
 
     @property
     def url(self) -> str:
         return self.inside.url
+
+    @property
+    def worker(self) -> psutil.Process:
+        """The first, for those who have one."""
+        return self.workers[0]
 
     def call(self, do: Callable[[], T]) -> T:
         """On the engine's own thread: its state has one owner."""
@@ -182,8 +187,9 @@ def start(folder: Path, cost: StepCost | None = None, **changes: Any) -> Iterato
     context = running(scenario, ring, ServeOptions(folder=folder, pin_cores=False, fake_cost=cost))
     inside = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(60)
     try:
-        (worker,) = (child for child in psutil.Process().children() if child.pid not in ours)
-        engine = Engine(inside, loop, keys, worker, folder)
+        workers = sorted((c for c in psutil.Process().children() if c.pid not in ours), key=lambda child: child.pid)
+        assert len(workers) == scenario.replicas
+        engine = Engine(inside, loop, keys, workers, folder)
         engine.idle_tasks = engine.call(lambda: len(asyncio.all_tasks()) - 1)
         yield engine
     finally:

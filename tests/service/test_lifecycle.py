@@ -6,7 +6,7 @@ from a FIFO. Nothing sleeps: every wait is for a state, with a deadline.
 Run: python -m pytest tests/service/test_lifecycle.py -q
 Mutations it caught: no look for orphans; a signal that does not end the start; no flush at the second signal, nor in
 silence by the gateway, nor by the worker; SIGTERM left to its default; nobody hung up on; a loss that nobody waits for;
-cores kept; a worker left behind; no check of context, replicas, folder; folders kept; one session for program and
+cores kept; a worker left behind; no check of context, folder; folders kept; one session for program and
 engine; a dead program that is not missed; `_limits` never tidied.
 """
 
@@ -278,7 +278,7 @@ def test_an_answer_that_nobody_reads_does_not_hold_up_the_end(tmp_path: Path) ->
 
 
 def test_a_lost_replica_ends_serve_with_exit_code_1(serve: Callable[..., Served]) -> None:
-    served = serve(*FAKE)
+    served = serve(*FAKE, "--set", "replica_restarts=0")
     ready = served.ready()
     worker = served.worker()
     worker.suspend()
@@ -290,8 +290,8 @@ def test_a_lost_replica_ends_serve_with_exit_code_1(serve: Callable[..., Served]
     line.close()
     assert served.end() == 1
     said = served.said()
-    assert "the replica process has died" in said
-    assert "error: the replica process died" in said
+    assert "replica 0 has died" in said
+    assert "error: no replica is left" in said
     assert "Traceback" not in said
     assert any(isinstance(e, Drain) for e in events(journal))
 
@@ -338,7 +338,6 @@ def test_a_start_that_fails_half_way_leaves_no_process_and_no_socket(tmp_path: P
     [
         (("--set", "model.name=tiny", "--set", "model.context_tokens=100000", "--set", "prefix.blocks=7000"),
          ["model.context_tokens (100000) is more than tiny", "2048", "fix:"]),
-        ((*FAKE, "--set", "replicas=2"), ["--set: replicas is 2", "one replica so far"]),
         ((*FAKE, "--set", "model.fake_answers=nowhere.csv"), ["nowhere.csv: model.fake_answers cannot be used"]),
         (("--set", "model.name=./nowhere", "--set", "semantic.enabled=false"), ["no such model folder"]),
     ],

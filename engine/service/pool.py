@@ -1,0 +1,132 @@
+"""All replica processes of a gateway, kept alive: the live ``ReplicaLink``.
+
+A replica that dies is said to be lost at once, started anew after a pause that doubles, and said to be back when its
+weights are loaded. One that has died too often within a minute is given up; when none is left, the pool is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import UserError
+from engine.events import Ended
+from engine.model.process import WorkerSpec
+from engine.model.wire import Output, Ready, ToReplica, Work
+from engine.service.replicas import ReplicaProcess
+
+log = logging.getLogger(__name__)
+
+WITHIN_S = 60.0  # deaths of before are forgiven
+PAUSE_S, PAUSE_MAX_S = 0.2, 10.0
+
+
+class ReplicaPool:
+    """Made on the asyncio loop that it lives on. ``lost``, ``back``: of a replica, by number; ``dead``: of all."""
+
+    def __init__(
+        self, hear: Callable[[Output], None], lost: Callable[[int], None], back: Callable[[int], None],
+        dead: Callable[[], None], restarts: int,
+    ) -> None:
+        self._hear, self._lost, self._back, self._dead, self._restarts = hear, lost, back, dead, restarts
+        self._there: dict[int, ReplicaProcess] = {}
+        self._lines: set[ReplicaProcess] = set()  # all that have not been stopped
+        self._deaths: dict[int, deque[float]] = {}
+        self._given_up: set[int] = set()
+        self._specs: list[WorkerSpec] = []
+        self._keepers: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self.restart_s: list[float] = []  # from each death to being back
+
+    @property
+    def up(self) -> tuple[int, ...]:
+        """Replicas that are there."""
+        return tuple(sorted(self._there))
+
+    async def start(self, specs: list[WorkerSpec]) -> list[Ready]:
+        """All at once; UserError when one gives up. ``socket_path`` of the specs is ours to say."""
+        self._specs = specs
+        self._deaths = {n: deque() for n in range(len(specs))}
+        return list(await asyncio.gather(*(self._spawn(n, spec) for n, spec in enumerate(specs))))
+
+    def send(self, replica: int, message: ToReplica) -> None:
+        """See ``driver.ReplicaLink``. What is submitted to a lost replica is lost too."""
+        if there := self._there.get(replica):
+            there.send(message)
+        elif isinstance(message, Work):
+            asyncio.get_running_loop().call_soon(self._hear, Output([Ended(message.submit.sid, "lost")]))
+
+    async def stop(self) -> None:
+        """Hang up on all of them. More than once is fine."""
+        self._closing = True
+        for keeper in self._keepers:
+            keeper.cancel()
+        if self._keepers:
+            await asyncio.wait(self._keepers)
+        await asyncio.gather(*(line.stop() for line in self._lines))
+        self._lines.clear()
+
+    async def _spawn(self, number: int, spec: WorkerSpec) -> Ready:
+        line = ReplicaProcess(self._hear, lambda: self._died(number, line))
+        self._lines.add(line)
+        ready = await line.start(msgspec.structs.replace(spec, socket_path=line.socket_path))
+        if line.connected:
+            self._there[number] = line
+        return ready
+
+    def _died(self, number: int, line: ReplicaProcess) -> None:
+        """Its connection broke. The rest of the story is told by a task."""
+        self._there.pop(number, None)
+        now_s = time.monotonic()
+        deaths = self._deaths[number]
+        deaths.append(now_s)
+        while deaths[0] < now_s - WITHIN_S:
+            deaths.popleft()
+        given_up = len(deaths) > self._restarts
+        log.error(
+            "replica %d has died: its open requests fail now; %s", number,
+            f"it is given up after {len(deaths)} deaths in a minute" if given_up else "it is started anew",
+        )
+        self._lost(number)
+        if given_up:
+            self._given_up.add(number)
+            if len(self._given_up) == len(self._specs):
+                self._dead()
+        elif not self._closing:
+            keeper = asyncio.create_task(self._revive(number, line, now_s))
+            self._keepers.add(keeper)
+            keeper.add_done_callback(self._keepers.discard)
+
+    async def _revive(self, number: int, line: ReplicaProcess, died_s: float) -> None:
+        """A new process for one that was lost; its journal goes beside the old one's."""
+        await line.stop()
+        self._lines.discard(line)
+        tries = len(self._deaths[number])
+        while True:
+            await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * 2 ** (tries - 1)))
+            spec = self._specs[number]
+            try:
+                await self._spawn(number, msgspec.structs.replace(spec, journal=_free(spec.journal)))
+                break
+            except UserError as error:
+                log.error("replica %d could not be started anew: %s", number, error)
+                tries += 1
+        if number in self._there:
+            self.restart_s.append(time.monotonic() - died_s)
+            log.warning("replica %d is back after %.1f s", number, self.restart_s[-1])
+            self._back(number)
+
+
+def _free(journal: str) -> str:
+    """``replica-0.ndjson`` is a life's journal; the next life's is ``replica-0-life-2.ndjson``."""
+    path, life = Path(journal), 1
+    while journal and path.exists():
+        life += 1
+        path = Path(journal).with_stem(f"{Path(journal).stem}-life-{life}")
+    return str(path) if journal else ""

@@ -1,0 +1,154 @@
+"""The router against a reference that keeps every submission in a list and counts anew each time.
+
+Mutations it caught: the answer's work not counted, or not let go; the prompt's let go at the end only; affinity beyond
+the balance; a forgotten replica still affine; the longest unused block kept; a tie always to the first; the replica's
+own word added instead of compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.config import RouterConfig
+from engine.events import Arrive
+from engine.policy.router import Router
+
+BLOCK = 16
+CHAINS = [tuple(f"{name}{n}".encode() for n in range(6)) for name in "abc"]
+
+
+def ask(chain: tuple[bytes, ...] = (), prompt: int = 100, answer: int = 10) -> Arrive:
+    return Arrive(0, "r", "shop", "chat", 0, prompt, answer, blocks=chain)
+
+
+@dataclass
+class Sent:
+    replica: int
+    prompt: int
+    answer: int
+    started: bool = False
+
+
+class RouterMachine(RuleBasedStateMachine):
+    """Everything in plain lists."""
+
+    @initialize(
+        replicas=st.integers(1, 4), affinity=st.booleans(), weight=st.integers(0, 4),
+        imbalance=st.sampled_from([0, 50, 300, 10**6]), most=st.sampled_from([3, 8, 100]),
+    )
+    def start(self, replicas: int, affinity: bool, weight: int, imbalance: int, most: int) -> None:
+        self.config = RouterConfig(
+            affinity=affinity, imbalance_tokens=imbalance, answer_weight=weight, remembered_blocks=most
+        )
+        self.router = Router(self.config, replicas, BLOCK)
+        self.open: dict[int, Sent] = {}
+        self.said = [0] * replicas
+        self.count = [0] * replicas
+        self.memory: list[list[bytes]] = [[] for _ in range(replicas)]  # newest last
+        self.sid = 0
+
+    def ahead(self, replica: int) -> int:
+        mine = [s for s in self.open.values() if s.replica == replica]
+        own = sum((0 if s.started else s.prompt) + s.answer * self.config.answer_weight for s in mine)
+        return max(own, self.said[replica])
+
+    def uncached(self, replica: int, request: Arrive) -> int:
+        known = 0
+        while self.config.affinity and known < len(request.blocks) and request.blocks[known] in self.memory[replica]:
+            known += 1
+        return max(1, request.prompt_tokens - known * BLOCK)
+
+    @rule(
+        chain=st.sampled_from(CHAINS), length=st.integers(0, 6), tail=st.integers(1, 15), answer=st.integers(1, 30),
+        away=st.sets(st.integers(0, 3)),
+    )
+    def send(self, chain: tuple[bytes, ...], length: int, tail: int, answer: int, away: set[int]) -> None:
+        request = ask(chain[:length], length * BLOCK + tail, answer)
+        there = [r for r in range(len(self.said)) if r not in away] or [0]
+        least = min(self.ahead(r) for r in there)
+        near = [r for r in there if self.ahead(r) - least <= self.config.imbalance_tokens]
+        costs = [(self.ahead(r) + self.uncached(r, request), self.count[r], r) for r in near]
+        chosen = self.router.choose(there, request)
+        assert chosen == min(costs)[2]
+        self.open[self.sid] = Sent(chosen, self.uncached(chosen, request), answer)
+        self.router.sent(self.sid, chosen, request)
+        self.sid += 1
+        self.count[chosen] += 1
+        memory = self.memory[chosen]
+        for block in reversed(request.blocks):
+            if block in memory:
+                memory.remove(block)
+            memory.append(block)
+        del memory[: max(0, len(memory) - self.config.remembered_blocks)]
+
+    @precondition(lambda self: self.open)
+    @rule(pick=st.integers(0, 50), ends=st.booleans())
+    def go_on(self, pick: int, ends: bool) -> None:
+        sid = [*self.open][pick % len(self.open)]
+        if ends:
+            del self.open[sid]
+            self.router.ended(sid)
+        else:
+            self.open[sid].started = True
+            self.router.started(sid)
+
+    @rule(replica=st.integers(0, 3), tokens=st.sampled_from([0, 40, 900]))
+    def hear(self, replica: int, tokens: int) -> None:
+        replica %= len(self.said)
+        self.said[replica] = tokens
+        self.router.hear(replica, tokens)
+
+    @rule(replica=st.integers(0, 3))
+    def lose(self, replica: int) -> None:
+        replica %= len(self.said)
+        self.said[replica], self.memory[replica] = 0, []
+        self.router.lose(replica)
+
+    @rule(sid=st.sampled_from([-1, 10**6]))
+    def strangers(self, sid: int) -> None:
+        self.router.started(sid)
+        self.router.ended(sid)
+
+    @invariant()
+    def same(self) -> None:
+        if hasattr(self, "router"):
+            self.router.check()
+            stats = self.router.stats()
+            assert stats.ahead_tokens == tuple(self.ahead(r) for r in range(len(self.said)))
+            assert stats.sent == tuple(self.count)
+
+
+RouterMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRouter = RouterMachine.TestCase
+
+
+def test_calm_traffic_is_spread() -> None:
+    router = Router(RouterConfig(affinity=False), 3, BLOCK)
+    for sid in range(9):
+        replica = router.choose((0, 1, 2), ask())
+        router.sent(sid, replica, ask())
+        router.ended(sid)
+    assert router.stats().sent == (3, 3, 3)
+
+
+def test_a_known_prompt_goes_where_it_is_cached_while_that_one_keeps_up() -> None:
+    """Three tenants' prompts settle on three replicas; a run on one of them spills over instead of queueing."""
+    router = Router(RouterConfig(imbalance_tokens=200), 3, BLOCK)
+    home: dict[tuple[bytes, ...], set[int]] = {}
+    for sid in range(30):
+        chain = CHAINS[sid % 3]
+        replica = router.choose((0, 1, 2), ask(chain))
+        home.setdefault(chain, set()).add(replica)
+        router.sent(sid, replica, ask(chain))
+        router.ended(sid)
+    assert sorted(len(replicas) for replicas in home.values()) == [1, 1, 1]
+    assert len(set.union(*home.values())) == 3
+    assert sum(router.stats().affine_tokens) == 27 * 6 * BLOCK
+    for sid in range(100, 140):
+        router.sent(sid, router.choose((0, 1, 2), ask(CHAINS[0])), ask(CHAINS[0]))
+    ahead = router.stats().ahead_tokens
+    assert max(ahead) - min(ahead) < 200 + 100 + 30, "no replica is further behind than the rule and one request"
