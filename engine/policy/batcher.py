@@ -4,6 +4,9 @@ A step takes every decoding row and fills the rest of its budget with prompt chu
 priority with preemption between steps: a critical arrival waits for the step in flight, never for a second one; the
 victim's tokens are recomputed when it comes back, in its old place. Reserved slots and blocks are for critical only.
 
+Between the tenants of one priority the waiting room is fair (``waiting.py``); a head that does not fit stops its
+priority and all below. Among what runs only priority counts, and age inside a tenant: never a tenant's counter.
+
 Work per call follows what changed, not what runs: decoding rows meet the batcher again only at a block border (a
 calendar by step index), at their end, or as victims. Method: vLLM v1's scheduler, Sarathi-Serve's chunked prefill.
 """
@@ -18,15 +21,18 @@ from engine.config import ReplicaConfig
 from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepShape, Submit
 from engine.policy.prefix import BlockPool
 from engine.policy.sequence import Sequence
+from engine.policy.waiting import WaitingRoom
 from engine.units import ceil_div
 
 
 class Batcher:
-    """The waiting room, the running set and the plan. Owned by a Replica, which speaks to the world."""
+    """The running set and the plan, over a waiting room. Owned by a Replica, which speaks to the world."""
 
     def __init__(self, config: ReplicaConfig) -> None:
         self.config = config.batcher
         self.pool = BlockPool(config.prefix)
+        self.room = WaitingRoom(config)
+        self._fair = config.fairness.enabled
         self.step = 0  # index of the next step
         self.sequences: dict[int, Sequence] = {}  # all that have not ended
         self.running: dict[int, Sequence] = {}  # prefill or decode: they hold a slot and blocks
@@ -36,7 +42,6 @@ class Batcher:
         self.decode_rows = 0
         self.decode_kv = 0  # context that the next step's decode rows attend to
         self._critical_running = 0
-        self._waiting: list[tuple[tuple[int, int, int], int]] = []  # heap of (rank, sid); stale entries are skipped
         self._deadlines: list[tuple[int, int]] = []  # heap of (start_by_ns, sid)
         self._borders: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch): that step needs one more block
         self._limits: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch): that step yields the last token
@@ -53,7 +58,7 @@ class Batcher:
 
     def add(self, ask: Submit) -> None:
         """Into the waiting room."""
-        seq = Sequence(ask, list(ask.blocks), known=ask.prompt_tokens)
+        seq = Sequence(ask, list(ask.blocks), ask.tenant if self._fair else "", known=ask.prompt_tokens)
         self.sequences[ask.sid] = seq
         self.unseen.setdefault(ask.traffic_class, {})[ask.sid] = ask.sent_ns
         heappush(self._ages.setdefault(ask.traffic_class, []), (ask.sent_ns, ask.sid))
@@ -66,7 +71,8 @@ class Batcher:
             self._leave(seq)
         else:
             self._seen(seq)
-        self._unqueue(seq)
+        self.room.remove(seq)
+        self._requeue(seq, 0)
         seq.state = "ended"
         del self.sequences[seq.ask.sid]
 
@@ -134,8 +140,7 @@ class Batcher:
         chunks: list[Chunk] = []
         area = 0
         budget = self.config.step_tokens - self.decode_rows
-        prefilling = sorted((s for s in self.running.values() if s.state == "prefill"), key=lambda s: s.rank)
-        served = self._in_order(now_ns, prefilling)
+        served = self._in_order(now_ns)
         while budget > 0 and (seq := next(served, None)) is not None:
             seq.chunk = min(budget, seq.known - seq.computed)
             if not seq.told:
@@ -148,28 +153,28 @@ class Batcher:
             self._planned.append(seq)
         return start, chunks, area, sum(c.tokens for c in chunks)
 
-    def _in_order(self, now_ns: int, prefilling: list[Sequence]) -> Iterator[Sequence]:
-        """Who is in prefill and who can be taken in, merged by rank.
+    def _in_order(self, now_ns: int) -> Iterator[Sequence]:
+        """Who is in prefill, and each head of the waiting room that can be taken in, at its place among them.
 
         A blocked head stops all that wait behind it, but not those in prefill: they hold what it may be waiting for.
         """
-        blocked = False
-        for seq in (*prefilling, None):
-            while not blocked and (head := self._head()) is not None and (seq is None or head.rank < seq.rank):
+        order: list[Sequence] = []
+        for seq in self.running.values():  # in the order in which they were taken in
+            if seq.state == "prefill":
+                order.insert(_place(order, seq), seq)
+        at, blocked = 0, False
+        while True:
+            sid = None if blocked else self.room.head()
+            if sid is not None and _place(order, head := self.sequences[sid]) <= at:
                 if self._admit(now_ns, head):
-                    yield head
+                    order[at:] = [head, *(seq for seq in order[at:] if seq.state == "prefill")]  # without its victims
                 else:
                     blocked = True
-            if seq is not None and seq.state == "prefill":  # not a victim of the heads just before it
-                yield seq
-
-    def _head(self) -> Sequence | None:
-        while self._waiting:
-            seq = self.sequences.get(self._waiting[0][1])
-            if seq is not None and seq.state == "waiting":
-                return seq
-            heappop(self._waiting)
-        return None
+                    continue
+            if at == len(order):
+                return
+            yield order[at]
+            at += 1
 
     def _admit(self, now_ns: int, seq: Sequence) -> bool:
         """A slot and blocks for all its known tokens, or nothing at all."""
@@ -183,6 +188,7 @@ class Batcher:
             self._preempt(victims.pop())
             hits = self.pool.match(seq.digests, seq.known)
             fresh = ceil_div(seq.known, self.pool.block_tokens) - len(hits)
+        self.room.pop(seq)
         seq.table = self.pool.take(hits, fresh)
         seq.computed = len(hits) * self.pool.block_tokens
         seq.state = "prefill"
@@ -191,6 +197,7 @@ class Batcher:
         if seq.first_ns is None:
             seq.first_ns, seq.cached_tokens = now_ns, seq.computed
             self.pool.count(seq.ask.prompt_tokens, seq.computed)
+            self.room.charge_prompt(seq, seq.known - seq.computed)
             self._seen(seq)
         self._requeue(seq, seq.known - seq.computed)
         return True
@@ -228,7 +235,7 @@ class Batcher:
 
     def _at_most(self, has_chunks: bool) -> int:
         """Steps until something must be decided: a block border, a token limit; one when anything waits."""
-        if has_chunks or self._head() is not None:
+        if has_chunks or self.room.head() is not None:
             return 1
         most = self.config.max_multi_steps
         for calendar, last in ((self._borders, 0), (self._limits, 1)):
@@ -251,6 +258,7 @@ class Batcher:
     def settle(self, steps: int) -> list[Sequence]:
         """``steps`` steps have run: chunks are computed; finished prompts decode, and are returned in batch order."""
         self.decode_kv += self.decode_rows * steps
+        self.room.charge_outputs(steps)
         self.step += steps
         self._published.clear()
         done: list[Sequence] = []
@@ -267,6 +275,7 @@ class Batcher:
 
     def _begin_decode(self, seq: Sequence) -> None:
         seq.state, seq.decode_from = "decode", self.step
+        self.room.begin_decode(seq)
         seq.known += 1
         seq.outputs += 1
         self.decode_rows += 1
@@ -321,6 +330,7 @@ class Batcher:
             seq.outputs += ran
             self.decode_rows -= 1
             self.decode_kv -= seq.known
+            self.room.end_decode(seq)
         del self.running[seq.ask.sid]
         self._critical_running -= seq.ask.priority == 0
         self.pool.release(seq.table)
@@ -332,16 +342,21 @@ class Batcher:
 
     def _enqueue(self, seq: Sequence) -> None:
         self._requeue(seq, seq.known)
-        heappush(self._waiting, (seq.rank, seq.ask.sid))
+        self.room.push(seq)
 
     def _requeue(self, seq: Sequence, tokens: int) -> None:
         self.queued_tokens += tokens - seq.queued
         seq.queued = tokens
 
-    def _unqueue(self, seq: Sequence) -> None:
-        self._requeue(seq, 0)
-
     def _seen(self, seq: Sequence) -> None:
         unseen = self.unseen.get(seq.ask.traffic_class)
         if unseen is not None:
             unseen.pop(seq.ask.sid, None)
+
+
+def _place(order: list[Sequence], seq: Sequence) -> int:
+    """Where it stands among those in prefill: behind all that it does not precede."""
+    at = len(order)
+    while at and seq.precedes(order[at - 1]):
+        at -= 1
+    return at

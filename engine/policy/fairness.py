@@ -93,11 +93,12 @@ class VirtualTokens:
     def charge(self, tenant: str, tokens_weighted: int) -> None:
         """So much service: prompt tokens on admission and decoded ones later, each times what such a token costs."""
         assert tokens_weighted >= 0, "charge: service is not taken back"
-        who = self._know(tenant)
+        who = self._tenants.get(tenant) or self._know(tenant)
         who.counter += tokens_weighted * who.price
         if not self._waiting and tenant == self._last:
             self._floor = max(self._floor, who.counter)
-        self._forget(who)
+        if self._idle or not (who.waiting or who.running):  # else nobody can have become forgettable
+            self._forget(who)
 
     def pick(self) -> str | None:
         """Who is next: the least counter among those who wait."""
@@ -167,7 +168,10 @@ class VirtualTokens:
         if who is not None and not (who.waiting or who.running or who.idles):
             who.idles = True
             heappush(self._idle, (who.counter, who.turn, who))
-        floor, idle = self.floor, self._idle
+        idle = self._idle
+        if not idle:
+            return  # as nearly always: the floor need not be looked for
+        floor = self.floor
         while idle and idle[0][0] <= floor:
             who = idle[0][2]
             if who.waiting or who.running:
@@ -205,10 +209,8 @@ class FairQueue:
         self.tokens = VirtualTokens(weights)
         self._items: dict[int, _Item] = {}  # by key: those that wait and those that run
         self._lines: dict[str, _Line] = {}  # by tenant: those that wait
-        self._waiting = self._turn = 0
-
-    def __len__(self) -> int:
-        return self._waiting
+        self.waiting = 0  # keys
+        self._turn = 0
 
     def push(self, tenant: str, key: int, item_rank: Rank) -> None:
         """It waits; smaller ranks go first, then who came first. A key that runs is put back."""
@@ -223,7 +225,7 @@ class FairQueue:
         line = self._lines.setdefault(tenant, _Line())
         heappush(line.heap, (item_rank, item.turn, item))
         line.waiting += 1
-        self._waiting += 1
+        self.waiting += 1
         self.tokens.enqueue(tenant)
 
     def head(self) -> int | None:
@@ -260,6 +262,10 @@ class FairQueue:
         else:
             self.tokens.let_go(item.tenant)
 
+    def waits(self) -> dict[int, bool]:
+        """Every key that is known, and whether it waits; what is not waiting runs."""
+        return {key: item.waiting for key, item in self._items.items()}
+
     def check(self) -> None:
         """Invariants."""
         self.tokens.check()
@@ -268,7 +274,7 @@ class FairQueue:
             if item.waiting:
                 lines[item.tenant] = lines.get(item.tenant, 0) + 1
         assert lines == {name: line.waiting for name, line in self._lines.items()}, "lines: exactly those that wait"
-        assert self._waiting == sum(lines.values()), "waiting: counted"
+        assert self.waiting == sum(lines.values()), "waiting: counted"
         for name, line in self._lines.items():
             here = [item.key for *_, item in line.heap if item.waiting]
             assert len(here) == line.waiting and all(self._items[key].tenant == name for key in here), "line: each once"
@@ -278,7 +284,7 @@ class FairQueue:
         line = self._lines[item.tenant]
         item.waiting = False
         line.waiting -= 1
-        self._waiting -= 1
+        self.waiting -= 1
         self.tokens.dequeue(item.tenant)
         if not line.waiting:
             del self._lines[item.tenant]

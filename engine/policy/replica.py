@@ -187,6 +187,7 @@ class Replica:
                 room = len(seq.table) * pool.block_tokens
                 assert seq.known - 1 + batcher.step - seq.decode_from <= room, "table: holds all that was computed"
         assert batcher.queued_tokens == sum(s.queued for s in batcher.sequences.values()), "queue: the sum of its parts"
+        batcher.room.check(batcher.sequences)
         unseen = {sid for per_class in batcher.unseen.values() for sid in per_class}
         never = {s.ask.sid for s in batcher.sequences.values() if s.first_ns is None}
         assert unseen == never, "unseen: exactly those that no step has held"

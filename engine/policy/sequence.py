@@ -20,6 +20,7 @@ class Sequence:
 
     ask: Submit
     digests: list[bytes]  # chain over the full blocks of all known tokens, as far as it is known
+    tenant: str  # whose turn it takes and who is charged; "" for all when fairness is off
     state: State = "waiting"
     known: int = 0  # prompt and output tokens; while decoding: at ``decode_from``
     computed: int = 0  # of these, with KV in ``table``
@@ -39,6 +40,16 @@ class Sequence:
     def rank(self) -> tuple[int, int, int]:
         """Strict priority, then age, then number: smaller goes first. Total, so that ties never depend on history."""
         return (self.ask.priority, self.ask.sent_ns, self.ask.sid)
+
+    def precedes(self, other: Sequence) -> bool:
+        """Does it take budget before one that was taken in earlier? Age counts only inside a tenant.
+
+        Between tenants the fair queue has decided who was taken in when. Were age asked again here, the old requests
+        of a flood would overtake another tenant's only one in the middle of its prefill.
+        """
+        if self.ask.priority != other.ask.priority:
+            return self.ask.priority < other.ask.priority
+        return self.tenant == other.tenant and self.rank < other.rank
 
     @property
     def queue_ns(self) -> int:

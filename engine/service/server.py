@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import uvicorn
 
-from engine.config import Scenario, gateway_config, replica_config
+from engine.config import Scenario, TenantConfig, gateway_config, replica_config
 from engine.errors import UserError
 from engine.events import LedgerRecord
 from engine.ledger.journal import JournalWriter
@@ -133,7 +133,8 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
 
         pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts)
         stack.push_async_callback(pool.stop)
-        ready, *_ = await pool.start(worker_specs(scenario, options, hasher.key, epoch_ns, replica_cores, threads))
+        specs = worker_specs(scenario, keys.tenants, options, hasher.key, epoch_ns, replica_cores, threads)
+        ready, *_ = await pool.start(specs)
         tokenizer = tokenizer_for(scenario.model.name)
         config = gateway_config(scenario, keys.tenants)
         journal: JournalWriter | None = None
@@ -178,13 +179,14 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
 
 
 def worker_specs(
-    scenario: Scenario, options: ServeOptions, hash_key: bytes, epoch_ns: int, cores: tuple[int, ...], threads: int
+    scenario: Scenario, tenants: dict[str, TenantConfig], options: ServeOptions, hash_key: bytes, epoch_ns: int,
+    cores: tuple[int, ...], threads: int,
 ) -> list[WorkerSpec]:
     """What each replica process is to know. ``cores``: of all of them; () = wherever."""
     folder = options.folder
     return [
         WorkerSpec(
-            socket_path="", model=scenario.model, replica=replica_config(scenario, index=n), hash_key=hash_key,
+            socket_path="", model=scenario.model, replica=replica_config(scenario, tenants, n), hash_key=hash_key,
             epoch_ns=epoch_ns, threads=threads, cores=cores[n * threads : (n + 1) * threads],
             journal=str(folder / "journal" / f"replica-{n}.ndjson") if folder else "", fake_cost=options.fake_cost,
         )

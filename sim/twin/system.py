@@ -74,7 +74,7 @@ class TwinSystem:
         self._emit_ns = lags.emit_ns
         self._by_rid = {arrival.ask.rid: arrival for arrival in arrivals}
         gateway = gateway_config(scenario, tenants)
-        replicas = [replica_config(scenario, index=n) for n in range(scenario.replicas)]
+        replicas = [replica_config(scenario, tenants, n) for n in range(scenario.replicas)]
         self._journals = [] if folder is None else [
             JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", gateway, hasher.key),
             *(

@@ -51,7 +51,7 @@ COST = StepCost(
     fixed_ns=21_000_017, prefill_token_ns=1_900_003, prefill_row_ns=500_009, decode_row_ns=2_500_001,
     decode_kv_ns=4_001, area_ns=301,
 )
-TENANTS = {"shop": TenantConfig(), "greedy": TenantConfig(rate_rps=1.0, burst=3.0, tokens_per_s=400.0)}
+TENANTS = {"shop": TenantConfig(weight=3.0), "greedy": TenantConfig(rate_rps=1.0, burst=3.0, tokens_per_s=400.0)}
 
 
 def scenario(replicas: int = 1) -> Scenario:
@@ -139,7 +139,7 @@ def run_live(folder: Path, seed: int, replicas: int) -> None:
     answers = {tuple(prompt): answer for _, prompt, answer, _ in requests}
     links, journals = Links(), []
     for n in range(config.replicas):
-        replica = replica_config(tight, index=n)
+        replica = replica_config(tight, TENANTS, n)
         runner = FakeRunner(lambda prompt: answers[tuple(prompt)], hasher, None)
         journals.append(JournalWriter(folder / f"journal/replica-{n}.ndjson", "replica", replica, hasher.key))
         driver = ReplicaDriver(Replica(replica), runner, journals[-1])

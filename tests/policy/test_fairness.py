@@ -287,7 +287,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.check()
         entry = self.expected()
         assert self.queue.head() == (entry and entry[3]), "head: somebody whenever somebody waits"
-        assert len(self.queue) == len(self.waiting)
+        assert self.queue.waiting == len(self.waiting)
         assert self.queue.tokens.stats().tenants == self.naive.remembered()
 
 
@@ -347,7 +347,7 @@ class Engine:
             self.waiting[job.tenant] -= 1
             self.order.append(job.tenant)
             self.serve(job, PROMPT_COST * job.prompt)
-        assert self.running or not len(self.queue), "work conserving: it never idles while somebody waits"
+        assert self.running or not self.queue.waiting, "work conserving: it never idles while somebody waits"
         for job in [*self.running.values()]:
             job.done += 1
             self.serve(job, OUTPUT_COST)

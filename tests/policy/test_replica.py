@@ -24,8 +24,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
+from engine.config import BatcherConfig, FairnessConfig, PrefixConfig, ReplicaConfig
 from engine.policy.replica import Replica
+from tests.policy.fair_world import FairWorld
 from tests.policy.worlds import NEVER_NS, ReplicaWorld, digest_of, replayed_elsewhere
 
 SIZE = 3  # tokens a block: small, so that borders, full blocks and rests all come often
@@ -33,7 +34,7 @@ SIZE = 3  # tokens a block: small, so that borders, full blocks and rests all co
 
 def shape(
     step_tokens: int = 12, slots: int = 4, reserved_slots: int = 1, reserved_blocks: int = 3, multi: int = 8,
-    blocks: int = 40, pinned: int = 4, ttl_s: float = 1e-5, enabled: bool = True,
+    blocks: int = 40, pinned: int = 4, ttl_s: float = 1e-5, enabled: bool = True, fair: bool = True,
 ) -> ReplicaConfig:
     return ReplicaConfig(
         batcher=BatcherConfig(
@@ -41,7 +42,13 @@ def shape(
             max_multi_steps=multi,
         ),
         prefix=PrefixConfig(enabled=enabled, block_tokens=SIZE, blocks=blocks, pinned_blocks=pinned, pin_ttl_s=ttl_s),
+        fairness=FairnessConfig(enabled=fair), weights={"b": 3.0},
     )
+
+
+def world_of(config: ReplicaConfig) -> ReplicaWorld:
+    """With fairness off, age alone decides, whoever asks."""
+    return FairWorld(config) if config.fairness.enabled else ReplicaWorld(config)
 
 
 def prompt(family: int, question: int, length: int) -> list[int]:
@@ -66,13 +73,13 @@ class ReplicaMachine(RuleBasedStateMachine):
     @initialize(
         step_tokens=st.sampled_from([4, 9, 30]), slots=st.integers(2, 4), reserved_slots=st.integers(0, 1),
         reserved_blocks=st.sampled_from([0, 3]), multi=st.sampled_from([1, 8]), blocks=st.sampled_from([18, 26, 40]),
-        pinned=st.sampled_from([0, 3]), enabled=st.sampled_from([True, True, True, False]),
+        pinned=st.sampled_from([0, 3]), enabled=st.sampled_from([True, True, True, False]), fair=st.booleans(),
     )
     def start(self, **config: int) -> None:
-        self.world = ReplicaWorld(shape(**config))  # type: ignore[arg-type]
+        self.world = world_of(shape(**config))  # type: ignore[arg-type]
 
     @rule(
-        family=st.integers(0, 3), question=st.integers(0, 2), length=st.integers(1, 14), tenant=st.sampled_from("ab"),
+        family=st.integers(0, 3), question=st.integers(0, 2), length=st.integers(1, 14), tenant=st.sampled_from("abc"),
         follow_up=st.integers(0, 15), max_tokens=st.integers(1, 12), priority=st.integers(0, 2),
         pinned_blocks=st.integers(0, 3), late_ns=st.sampled_from([0, 0, 5_000]),
         within_ns=st.sampled_from([0, 0, 3_000]), endless=st.integers(0, 1),
@@ -124,7 +131,7 @@ def wander(world: ReplicaWorld, seed: int, steps: int, crowd: int, drain_at: int
         for _ in range(r.choice([0, 0, 1, 2, 3]) if len(world.open) < crowd else 0):
             ask(
                 world, family=r.randrange(4), question=r.randrange(3), length=r.randrange(1, 15),
-                tenant=r.choice("aab"), follow_up=r.randrange(24), max_tokens=r.randrange(1, 13),
+                tenant=r.choice("aabc"), follow_up=r.randrange(24), max_tokens=r.randrange(1, 13),
                 priority=r.choice([0, 1, 1, 2, 2]), pinned_blocks=r.choice([0, 0, 2]),
                 late_ns=r.choice([0, 0, 0, 5_000]), within_ns=r.choice([0, 0, 0, 10_000]), endless=r.randrange(2),
             )
@@ -136,14 +143,15 @@ def wander(world: ReplicaWorld, seed: int, steps: int, crowd: int, drain_at: int
         world.check()
 
 
+@pytest.mark.parametrize("fair", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_long_random_traces(seed: int) -> None:
+def test_long_random_traces(seed: int, fair: bool) -> None:
     r = random.Random(seed)
-    world = ReplicaWorld(
+    world = world_of(
         shape(
             step_tokens=r.choice([8, 16, 40]), slots=r.choice([4, 8]), reserved_slots=r.choice([0, 1, 2]),
             reserved_blocks=r.choice([0, 4]), blocks=r.choice([30, 45, 60]), multi=r.choice([4, 16]),
-            pinned=r.choice([0, 4, 6]), ttl_s=r.choice([1e-5, 1e-3]),
+            pinned=r.choice([0, 4, 6]), ttl_s=r.choice([1e-5, 1e-3]), fair=fair,
         )
     )
     wander(world, seed, 1_000, crowd=r.choice([6, 14, 30]), drain_at=960)
@@ -154,7 +162,7 @@ def test_long_random_traces(seed: int) -> None:
 
 
 def test_quiet_traces_decode_several_steps_at_once() -> None:
-    world = ReplicaWorld(shape(slots=3, blocks=40, multi=16))
+    world = FairWorld(shape(slots=3, blocks=40, multi=16))
     wander(world, 0, 300, crowd=2)
     world.finish(want=99)
     world.check()
@@ -310,7 +318,7 @@ def test_a_failed_step_pins_nothing() -> None:
 
 def test_the_same_events_give_the_same_actions_whatever_the_hash_seed() -> None:
     config = shape(slots=4, blocks=30)
-    world = ReplicaWorld(config)
+    world = FairWorld(config)
     wander(world, 3, 250, crowd=14)
     again = Replica(config)
     assert all(again.handle(now_ns, event) == actions for now_ns, event, actions in world.journal)
