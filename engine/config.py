@@ -194,6 +194,7 @@ class IngressConfig(Section):
 
     max_body_bytes: Positive = 64 * 1024  # tokenising it takes some 20 ms of the ingress; a context is far smaller
     max_in_flight: Positive = 10_000
+    receipt_ms: Positive = 10_000  # for the whole body to come in; a phone on a bad line takes a second for a context
 
 
 class ProfileConfig(Section):

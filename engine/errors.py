@@ -19,6 +19,7 @@ STATUS_OF_CODE: dict[str, int] = {
     "forbidden": 403,
     "not_found": 404,
     "method_not_allowed": 405,
+    "body_too_slow": 408,
     "body_too_large": 413,
     "rate_limited": 429,  # the tenant's own limit
     "internal_error": 500,

@@ -157,10 +157,17 @@ def _welcome(url: str, key: str | None, resolved: Resolved) -> str:
             *([f"API key, shown this once: {key}"] if key else []),
             "try:",
             f"  curl -s {url}/v1/chat/completions -H 'authorization: Bearer {shown}' \\",
+            f"    -H 'x-doorbuster-class: {_modest(resolved)}' \\",
             """    -d '{"model":"default","messages":[{"role":"user","content":"is my coupon still good?"}]}'""",
             "Ctrl-C drains and stops.",
         ]
     )
+
+
+def _modest(resolved: Resolved) -> str:
+    """A class for a first try: the first that is not critical."""
+    classes = resolved.scenario.classes
+    return next((name for name, cls in classes.items() if cls.criticality != "critical"), next(iter(classes)))
 
 
 def _ring(keys: Path | None, host: str, resolved: Resolved) -> tuple[KeyRing, str | None]:

@@ -7,6 +7,7 @@ of models.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-from engine.config import Scenario
+from engine.config import IngressConfig, Scenario
 from engine.errors import RequestError
 from engine.events import Answer, Arrive, Reject
 from engine.policy.limiter import Limiter
@@ -82,15 +83,24 @@ class Exchange:
         given = self.header(b"x-request-id")
         self.request_id = given.decode() if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         self.started = False
-        self._all_read = False
+        self._all_read = self._too_slow = False
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; several are one list (RFC 9110, 5.3), so that two keys, or two classes, are none."""
         values = [value for key, value in self._headers if key == name]
         return b", ".join(values) if values else None
 
-    async def body(self, most_bytes: int) -> bytes:
-        """All of it, or RequestError "body_too_large" before more than that is taken in."""
+    async def body(self, limits: IngressConfig) -> bytes:
+        """All of it; RequestError before more than the limits allow is taken in, or waited for."""
+        try:
+            async with asyncio.timeout(limits.receipt_ms / 1000):
+                return await self._body(limits.max_body_bytes)
+        except TimeoutError:
+            self._too_slow = True
+            why = f"the body was not here within {limits.receipt_ms / 1000:g} s"
+            raise RequestError("body_too_slow", why) from None
+
+    async def _body(self, most_bytes: int) -> bytes:
         too_large = RequestError("body_too_large", f"the body is larger than {most_bytes} bytes")
         declared = self.header(b"content-length")
         if declared and declared.isdigit() and int(declared) > most_bytes:
@@ -119,7 +129,7 @@ class Exchange:
         """Whether the server should hang up rather than pass over the rest of the body to find the next request."""
         if self._all_read:
             return False
-        if self.header(b"transfer-encoding") or self.header(b"expect"):
+        if self._too_slow or self.header(b"transfer-encoding") or self.header(b"expect"):
             return True  # it may never end, or never come
         declared = self.header(b"content-length") or b"0"
         return not declared.isdigit() or int(declared) > LINGER_BYTES
@@ -254,7 +264,7 @@ class App:
         tenant = self._keyring.authenticate(exchange.header(b"authorization"))
         with self._room():
             name = self._class_of(exchange, tenant)
-            ask = decode_chat(await exchange.body(self._limits.max_body_bytes))
+            ask = decode_chat(await exchange.body(self._limits))
             check_model(ask.model, self._model, DEFAULT_MODEL)
             facts, prompt = self._facts.arrive(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.conversation(), ask.params(),
@@ -266,7 +276,7 @@ class App:
         tenant = self._keyring.authenticate(exchange.header(b"authorization"))
         with self._room():
             name = self._class_of(exchange, tenant)
-            ask = decode_completion(await exchange.body(self._limits.max_body_bytes))
+            ask = decode_completion(await exchange.body(self._limits))
             check_model(ask.model, self._model, DEFAULT_MODEL)
             facts, prompt = self._facts.complete(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.text, ask.params(),
@@ -280,7 +290,7 @@ class App:
         with self._room():
             if self.draining:
                 raise RequestError("draining", WHY["draining"])
-            ask = decode_embedding(await exchange.body(self._limits.max_body_bytes))
+            ask = decode_embedding(await exchange.body(self._limits))
             if self.encoder is None:
                 raise RequestError("not_found", "no encoder runs here, so there are no embeddings", "model")
             check_model(ask.model, ENCODER_MODEL)

@@ -13,13 +13,13 @@ import json
 import re
 import secrets
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 
-from engine.config import NonNegativeFloat, PositiveFloat, TenantConfig
+from engine.config import ClassConfig, NonNegativeFloat, PositiveFloat, TenantConfig
 from engine.errors import RequestError, UserError
 from engine.values import Section
 
@@ -96,11 +96,16 @@ class KeyRing:
             raise RequestError("unauthorized", "this API key is not known here")
         return tenant
 
-    def class_of(self, tenant: str, asked: str | None, known: Collection[str]) -> str:
-        """The traffic class of a request: the one asked for, if granted, else the tenant's first."""
-        granted = self.tenants[tenant].classes or tuple(known)
+    def class_of(self, tenant: str, asked: str | None, known: Mapping[str, ClassConfig]) -> str:
+        """The traffic class of a request: the one asked for, if granted, else the first that the key file grants.
+
+        A key that grants all without naming any says nothing of what matters: then the first that is not critical.
+        """
+        named = self.tenants[tenant].classes
+        granted = named or tuple(known)
         if asked is None:
-            return granted[0]
+            modest = (name for name in granted if known[name].criticality != "critical")
+            return granted[0] if named else next(modest, granted[0])
         if asked not in known:
             names = ", ".join(known)
             raise RequestError("invalid_request", f"no such traffic class; known: {names}", "x-doorbuster-class")

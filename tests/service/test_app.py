@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from engine.config import IngressConfig
 from engine.errors import RequestError
 from engine.events import Arrive
 from engine.service.app import LINGER_BYTES, Exchange
@@ -252,7 +253,7 @@ def test_no_byte_is_taken_in_past_the_limit(declared: bool) -> None:
     headers = [(b"content-length", b"1001")] if declared else []
     exchange = Exchange({"path": CHAT, "method": "POST", "headers": headers}, receive, send, 0)
     with pytest.raises(RequestError) as caught:
-        asyncio.run(exchange.body(1000))
+        asyncio.run(exchange.body(IngressConfig(max_body_bytes=1000)))
     assert caught.value.code == "body_too_large"
     assert taken == (0 if declared else 1200)
 

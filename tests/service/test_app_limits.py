@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from msgspec.structs import replace
+
 from engine.config import IngressConfig
 from tests.service.conftest import Starter
-from tests.service.harness import CHAT, Engine, body, check_error
+from tests.service.harness import CHAT, SCENARIO, Engine, body, check_error, dial
 
 
 def test_a_tenant_over_its_rate_is_told_when_to_come_back(engine: Engine) -> None:
@@ -94,3 +96,15 @@ def test_a_lost_worker_shows_in_readiness(started: Starter) -> None:
         check_error(asked.result(), 503, "replica_lost")
         check_error(client.get("/readyz"), 503, "replica_lost")
         assert client.get("/healthz").status_code == 200
+
+
+def test_a_body_that_never_comes_whole_is_408_and_holds_no_place(started: Starter) -> None:
+    engine = started(ingress=replace(SCENARIO.ingress, receipt_ms=300))
+    head = f"POST {CHAT} HTTP/1.1\nhost: x\nauthorization: Bearer {engine.keys['shop']}\ncontent-length: 100"
+    line = dial(engine, head, b'{"model":')
+    got = line.recv(10_000)
+    assert got.startswith(b"HTTP/1.1 408")
+    assert b'"code":"body_too_slow"' in got
+    assert b"connection: close" in got
+    line.close()
+    engine.quiet()

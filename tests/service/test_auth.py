@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import TenantConfig
+from engine.config import ClassConfig, TenantConfig
 from engine.errors import RequestError, UserError
 from engine.service.auth import KeyRing, new_key
 
-KNOWN = ["chat", "fraud", "search"]
+KNOWN = {
+    "fraud": ClassConfig("critical"), "chat": ClassConfig("standard"), "search": ClassConfig("sheddable"),
+}
 DIGEST = sha256(b"some key").hexdigest()
 
 
@@ -87,8 +89,9 @@ def test_single_grants_everything_to_one_fresh_key() -> None:
     (ring, key), (_, other) = KeyRing.single(), KeyRing.single()
     assert key != other and ring.authenticate(f"Bearer {key}".encode()) == "local"
     assert ring.tenants == {"local": TenantConfig()}
-    assert [ring.class_of("local", name, KNOWN) for name in KNOWN] == KNOWN
-    assert ring.class_of("local", None, KNOWN) == "chat"
+    assert [ring.class_of("local", name, KNOWN) for name in KNOWN] == [*KNOWN]
+    assert ring.class_of("local", None, KNOWN) == "chat", "nobody is critical for want of a word"
+    assert ring.class_of("local", None, {"fraud": KNOWN["fraud"]}) == "fraud", "unless there is nothing else"
 
 
 def test_a_class_must_be_known_and_granted(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def test_a_class_must_be_known_and_granted(tmp_path: Path) -> None:
         with pytest.raises(RequestError) as caught:
             ring.class_of("bank", unknown, KNOWN)
         assert (caught.value.code, caught.value.param) == ("invalid_request", "x-doorbuster-class")
-        assert "chat, fraud, search" in caught.value.message
+        assert "fraud, chat, search" in caught.value.message
 
 
 TABLE = f'[tenants.a]\nkey_sha256 = "{DIGEST}"\n'
@@ -118,7 +121,7 @@ TABLE = f'[tenants.a]\nkey_sha256 = "{DIGEST}"\n'
         ("[tenants]\na = 3\n", ["[tenants.a]", "object"]),
         ("[tenants.a]\n", ["[tenants.a]", "key_sha256"]),
         (TABLE + 'class = ["chat"]\n', ["[tenants.a]", "class is not a known key", "did you mean classes?"]),
-        (TABLE + 'classes = ["chta"]\n', ["'chta'", "chat, fraud, search", "did you mean chat?"]),
+        (TABLE + 'classes = ["chta"]\n', ["'chta'", "fraud, chat, search", "did you mean chat?"]),
         (TABLE + 'rate_rps = "many"\n', ["[tenants.a]", "rate_rps", "float"]),
         (TABLE + "burst = 0\n", ["burst", "> 0"]),
         (TABLE.replace(DIGEST, DIGEST[:-1]), ["[tenants.a]", "not a SHA-256 digest", "63 characters"]),
