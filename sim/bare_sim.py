@@ -22,7 +22,7 @@ from sim.desk.tables import run_table
 from sim.twin import cost
 from sim.twin.calibrate import describe
 from sim.twin.cost import Calibration
-from sim.twin.steps import outside_words
+from sim.twin.steps import outside_words, replica_journals
 from sim.twin.workload import flash_sale, profile_of
 
 LOAD_KEYS = ("workload", "model", "seed")  # what a sale is sized by; and the classes' shares and tenants
@@ -39,7 +39,7 @@ def bare_sim(
     profile = profile or "demo"
     shape = profile_of(scenario, profile)
     seed = scenario.seed if seed is None else seed
-    costs = cost.for_model(scenario.model, calibration, foreign, say)
+    costs = cost.for_model(scenario, calibration, foreign, say)
     bench = sale.make_bench(resolved, costs)
     base_rps = rate_rps or scenario.workload.base_rate_rps
     if not base_rps:
@@ -48,7 +48,7 @@ def bare_sim(
     view = sale.twin_sale(
         bench, resolved, flash_sale(scenario, profile, base_rps, seed), shape.duration_s, seed, folder
     )
-    outside = outside_words(costs, folder / "journal" / "replica-0.ndjson")
+    outside = outside_words(costs, *replica_journals(folder))
     say(outside)
     card = {
         "scenario": f"{scenario.name}, profile {profile}, seed {seed}", "calibration": " · ".join(describe(costs)),

@@ -183,14 +183,14 @@ def sim(
     say(f"run folder {where}, report {where / 'report.html'}")
 
 
-@app.command(short_help="Measure what a step costs on this machine; 45 s.")
+@app.command(short_help="Measure what a step costs on this machine; a minute.")
 def calibrate(
     scenario: Scenario = "flash-sale",
     out_file: Annotated[Path | None, typer.Option("--out", help="where to write; the cache folder by default")] = None,
     sets: Sets = None,
     json: Json = False,
 ) -> None:
-    """Measure what a step costs on this machine; about 45 s."""
+    """Measure what a step and an encoding cost on this machine; about a minute."""
     resolved = _load(scenario, sets)
     from sim.twin import cost
     from sim.twin.calibrate import busy_words, describe

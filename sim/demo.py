@@ -28,7 +28,7 @@ from sim.loadgen import Seen, late_warning
 from sim.twin.calibrate import describe
 from sim.twin.cost import FAKE, Calibration
 from sim.twin.replay import Replayed, journals_of, replay
-from sim.twin.steps import cost_error, outside_words
+from sim.twin.steps import cost_error, outside_words, replica_journals
 from sim.twin.workload import Request, flash_sale, profile_of, steady
 
 CARD = "card.json"  # of the run folder: the report's environment card, for `doorbuster report`
@@ -82,6 +82,7 @@ def run(
     scenario = resolved.scenario
     seed = scenario.seed if seed is None else seed
     shape = profile_of(scenario, profile)
+    bench = sale.make_bench(resolved, calibration)
     folder = runs.create(resolved, "demo")
     seconds: dict[str, float] = {}
     clock = time.monotonic()
@@ -91,7 +92,6 @@ def run(
         now = time.monotonic()
         seconds[stage], clock = now - clock, now
 
-    bench = sale.make_bench(resolved, calibration)
     capacity: Capacity | None = None
     base_rps = scenario.workload.base_rate_rps
     if not base_rps:
@@ -114,8 +114,8 @@ def run(
     lap("replay")
     result = verdict(live.frame, live.levels, scenario)
     lost = turned_away(live.frame, twin.frame, list(scenario.classes))
-    outside = outside_words(calibration, folder / "twin" / "journal" / "replica-0.ndjson")
-    errors = str(cost_error(calibration, folder / "journal" / "replica-0.ndjson"))
+    outside = outside_words(calibration, *replica_journals(folder / "twin"))
+    errors = str(cost_error(calibration, *replica_journals(folder)))
     rows = card(resolved, profile, seed, calibration, capacity, base_rps, seen)
     rows |= {"outside the range": outside, "step cost error, live": errors}
     runs.write_json(folder / CARD, rows)
@@ -142,7 +142,7 @@ def find_capacity(
         def ask(rate_rps: float, duration_s: float, attempt: int) -> tuple[int, int]:
             requests = confirming(steady(bare, rate_rps, 2 * duration_s, seed + attempt), duration_s)
             with Progress("capacity", len(requests), "requests") as progress:
-                seen = drive(engine, requests, bare.model.threads, progress.update)
+                seen = drive(engine, requests, bare, progress.update)
             return within_slo(seen, resolved), len(seen)
 
         return confirm(twin_rps, ask, say)

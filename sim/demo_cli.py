@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from engine.config import Scenario
 from engine.errors import CalibrationError
 from engine.model.folder import cache_dir, prepare
 from engine.scenario import load
@@ -75,16 +76,21 @@ def demo_cli(
     return ok
 
 
-def _calibration(scenario: Any, recalibrate: bool, say: Callable[[str], None]) -> Calibration:
+def _calibration(scenario: Scenario, recalibrate: bool, say: Callable[[str], None]) -> Calibration:
     path = cost.default_path(scenario.model.name)
-    if scenario.model.name == cost.FAKE or not recalibrate:
+    if scenario.model.name == cost.FAKE:
+        found = cost.for_model(scenario, say=say)
+        cost.require_encoder(scenario, found)  # the fake model cannot be measured; the model of its pace can
+        say(f"calibration of {found.model}, measured {found.measured_at}; --recalibrate has nothing to measure")
+        return found
+    if not recalibrate:
         try:
-            found = cost.for_model(scenario.model, say=say)
-            where = f"of {found.model}" if scenario.model.name == cost.FAKE else path
-            say(f"calibration {where}, measured {found.measured_at}; --recalibrate measures again")
+            found = cost.for_model(scenario, say=say)
+            cost.require_encoder(scenario, found)
+            say(f"calibration {path}, measured {found.measured_at}; --recalibrate measures again")
             return found
         except CalibrationError as error:
-            say(f"calibration {error.what}; measuring now, about 45 s")
+            say(f"calibration {error.what}; measuring now, about a minute")
     found = calibrate(scenario, say)
     cost.save(found, path)
     for line in (*describe(found), *busy_words(found)):

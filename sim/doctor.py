@@ -103,7 +103,7 @@ def _model() -> Check:
 
 def _faiss() -> Check:
     if importlib.util.find_spec("faiss") is None:
-        return Check("faiss", None, "not installed; only the semantic tier will need it", "pip install -e '.[cpu]'")
+        return Check("faiss", None, "not installed: numpy searches instead", "pip install -e '.[cpu]'")
     return Check("faiss", True, "installed")
 
 
@@ -116,7 +116,8 @@ def _port() -> Check:
 def _calibration(name: str) -> Check:
     scenario = load(name).scenario
     try:
-        found = cost.for_model(scenario.model)
+        found = cost.for_model(scenario)
+        cost.require_encoder(scenario, found)
     except CalibrationError as error:
         return Check("calibration", None, error.what, error.fix)
     told = f"{found.model}, measured {found.measured_at} on {found.machine.cpu}"

@@ -78,9 +78,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise
 
 
-def drive(engine: LiveEngine, requests: list[Request], threads: int, on_done: Callable[[int], None]) -> list[Seen]:
-    """Play the requests against it, from the cores that its replica does not use."""
-    own, _, _ = share_cores(threads)
+def drive(
+    engine: LiveEngine, requests: list[Request], scenario: Scenario, on_done: Callable[[int], None]
+) -> list[Seen]:
+    """Play the requests against it, from the cores that its replicas do not use."""
+    own, _, _ = share_cores(scenario.model.threads, scenario.replicas)
     before = os.sched_getaffinity(0) if own else None
     if own:
         os.sched_setaffinity(0, own)

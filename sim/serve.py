@@ -14,11 +14,10 @@ from typing import Any, Literal
 import msgspec
 import uvloop
 
-from engine.errors import CalibrationError, UserError
+from engine.errors import UserError
 from engine.model.stepcost import StepCost
-from engine.scenario import Resolved, data_path, load
+from engine.scenario import Resolved, load
 from engine.service.auth import KeyRing
-from engine.service.replicas import share_cores
 from engine.service.server import RunningEngine, ServeOptions, running
 from sim import runs
 from sim.twin import cost
@@ -186,8 +185,5 @@ def _fake_cost(resolved: Resolved) -> StepCost | None:
     """The fake model's tempo: this machine's SmolLM2 if it was measured, else the bundled reference."""
     if resolved.scenario.model.name != "fake":
         return None
-    try:
-        _, _, threads = share_cores(resolved.scenario.model.threads)
-        return cost.load_for(cost.default_path("smollm2"), threads, "smollm2").cost
-    except CalibrationError:
-        return cost.load(data_path("calibrations", "smollm2-reference.json")).cost
+    model = msgspec.structs.replace(resolved.scenario.model, fake_speed=1.0)  # the worker's own business
+    return cost.for_model(msgspec.structs.replace(resolved.scenario, model=model)).cost

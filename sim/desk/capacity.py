@@ -7,7 +7,10 @@ plateau then offers ``overload_factor`` times that much *after* the caches, so t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
+import numpy as np
 from scipy import stats
 
 from engine.config import Scenario, TenantConfig
@@ -15,10 +18,12 @@ from engine.model.blockhash import Hasher
 from engine.service.facts import FactMaker
 from engine.units import S_NS
 from sim.desk.frames import requests_frame
+from sim.desk.progress import Progress
 from sim.desk.summary import DEFLECTED, good
 from sim.twin.cost import Calibration
 from sim.twin.system import TwinArrival, TwinRun, TwinSystem
-from sim.twin.workload import Request, flash_sale, profile_of, steady, twin_arrivals
+from sim.twin.vectors import semantic_classes, vectors_of
+from sim.twin.workload import Request, flash_sale, profile_of, read_corpus, steady, twin_arrivals
 
 WANTED = 0.99
 STEADY_S = 90.0
@@ -33,6 +38,7 @@ class Bench:
         self.scenario, self.calibration, self._facts, self._hasher = scenario, calibration, facts, hasher
         self._lengths: dict[tuple[str, str], int] = {}
         self._known: dict[str, int] = {}
+        self._vectors: dict[bytes, np.ndarray] | None = None
 
     def learn_lengths(self, lengths: dict[tuple[str, str], int], by_request: dict[str, int]) -> None:
         """Answer lengths seen elsewhere: by (class, text), and by request id. Otherwise ``max_tokens`` is assumed."""
@@ -47,11 +53,26 @@ class Bench:
 
         return twin_arrivals(requests, self._facts, length)
 
-    def run(self, requests: list[Request], scenario: Scenario | None = None) -> TwinRun:
-        """One twin run."""
-        chosen = scenario or self.scenario
-        cost, lags = self.calibration.cost, self.calibration.lags
-        return TwinSystem(chosen, tenants_of(chosen), cost, lags, self.arrivals(requests), self._hasher).run()
+    def run(
+        self, requests: list[Request], scenario: Scenario | None = None, folder: Path | None = None
+    ) -> TwinRun:
+        """One twin run; its journals go below ``folder``."""
+        chosen, made = scenario or self.scenario, self.calibration
+        similar = bool(semantic_classes(chosen))
+        return TwinSystem(
+            chosen, tenants_of(chosen), made.cost, made.lags, self.arrivals(requests), self._hasher, folder,
+            encoder=made.encoder if similar else None, vectors=self.vectors() if similar else None,
+        ).run()
+
+    def vectors(self) -> dict[bytes, np.ndarray]:
+        """Of the corpus's questions, by text key; computed at the first call if no run before has done so."""
+        if self._vectors is None:
+            corpus = read_corpus(self.scenario)
+            texts = [q.text.strip() for name in semantic_classes(self.scenario) for q in corpus.get(name, ())]
+            with Progress("encoding the questions", len(set(texts)), "texts") as progress:
+                found = vectors_of(texts, lambda done, of: progress.update(len(set(texts)) - of + done))
+            self._vectors = {self._facts.text_key(text): vector for text, vector in found.items()}
+        return self._vectors
 
     # ------------------------------------------------------------ capacity
 

@@ -24,6 +24,7 @@ DTYPES = {
     "tier": "string", "outcome": "string", "error_code": "string", "level": "Int64", "cosine": "Float64",
     "wrong_hit": "boolean", "prompt_tokens": "Int64", "cached_tokens": "Int64", "output_tokens": "Int64",
     "ttft_ns": "Int64", "e2e_ns": "Int64", "queue_ns": "Int64", "lateness_ns": "Int64", "replica": "Int64",
+    "source": "string", "trap": "boolean",
 }  # the columns of requests.parquet, in order
 CODE_OF_STATUS = {status: code for code, status in reversed(STATUS_OF_CODE.items())}  # the first code of each status
 NO_ANSWER = "connection_failed"
@@ -61,6 +62,7 @@ def requests_frame(
             "level": r.level, "cosine": None if r.cosine_millionths is None else r.cosine_millionths / 1e6,
             "prompt_tokens": r.prompt_tokens, "cached_tokens": r.cached_tokens, "output_tokens": r.output_tokens,
             "ttft_ns": r.ttft_ns, "e2e_ns": r.e2e_ns, "queue_ns": r.queue_ns, "replica": r.replica,
+            "source": r.source or None,
         }
         for r in records if isinstance(r, RequestRecord)
     ]

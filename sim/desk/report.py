@@ -29,7 +29,7 @@ from sim.desk.look import STYLE, take_heading
 from sim.desk.page import CSS, GRID, PAGE
 from sim.desk.series import P99_FROM, Quantile, bin_s, equals, quantiles, queue_age, rates, slowest, tier_counts
 from sim.desk.summary import Summary, Verdict
-from sim.desk.tables import NONE, Line, by_class, class_rows, milliseconds, overall
+from sim.desk.tables import NONE, Line, by_class, class_rows, milliseconds, overall, wrong_rows
 
 NAME = "report.html"
 MOST_ROWS = 120
@@ -94,7 +94,8 @@ def render(
         seen=[_marked(line) for line in verdict.lines] if verdict else [],
         card=card, columns=list(runs), p99_from=P99_FROM, grid=_grid, data=_json(data),
         overall=_sections(overall(*pair)), by_class=_sections(by_class(*pair)), glance=pd.DataFrame(class_rows(*pair)),
-        figures=_parts(a, b, live.scenario), extra=list(extra_tables.items()),
+        figures=_parts(a, b, live.scenario),
+        extra=[*_wrong_hits(*pair), *extra_tables.items()],
     )
 
 
@@ -113,22 +114,26 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
     return Markup(svg.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(label), 1))
 
 
+def _wrong_hits(live: Summary | None, twin: Summary | None) -> list[tuple[str, pd.DataFrame]]:
+    """After the tiers: which of their answers were another question's."""
+    rows = wrong_rows(live, twin)
+    return [("Was it the right answer?", pd.DataFrame(rows))] if rows else []
+
+
 def _parts(a: RunView | None, b: RunView | None, scenario: Scenario) -> list[_Part]:
     live, twin = a and a.frame, b and b.frame
+    slow = a or b
+    assert slow is not None
     figures = [
         ("timeline", "The sale, second by second", "The timeline in numbers",
          plots.timeline(live, twin, a and a.levels, b and b.levels, scenario.classes), _timeline_table(a, b)),
         ("latency", "How long people waited", "Quantiles with 95 % intervals",
          plots.latency_ecdf(live, twin, scenario), _latency_table(a, b)),
+        ("waterfall", "The slowest of the served" + ("" if a else ", in the twin"), "The same in numbers",
+         plots.waterfall(slow.frame), _rounded(slowest(slow.frame))),
         ("tiers", "Who answered", "Requests by tier and class",
          plots.tiers_by_class(live, twin, scenario.classes), _tier_table(a, b)),
     ]
-    slow = a or b
-    assert slow is not None
-    figures.append(
-        ("waterfall", "The slowest of the served" + ("" if a else ", in the twin"), "The same in numbers",
-         plots.waterfall(slow.frame), _rounded(slowest(slow.frame)))
-    )
     parts = []
     for name, heading, caption, figure, table in figures:
         finding, names = take_heading(figure)

@@ -18,6 +18,7 @@ from engine.events import Tier
 from engine.units import MS_NS, S_NS
 
 TIERS: tuple[Tier, ...] = ("exact", "coalesced", "semantic", "approximate", "fallback", "model")
+DEFLECTED: tuple[Tier, ...] = ("exact", "coalesced", "semantic", "approximate")  # another request's answer
 NOT_SERVED = "not served"
 P99_FROM = 200  # fewer, and the p99 is the second largest value or less: noise with a name
 QUEUE_BIN_NS = 250 * MS_NS

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import msgspec
 import pandas as pd
-from scipy import stats
 
 from engine.config import ClassConfig, Scenario
 from engine.units import MS_NS, S_NS, ms_to_ns
-from sim.desk.series import TIERS, equals, quantiles
+from sim.desk.series import DEFLECTED, TIERS, equals, quantiles
 from sim.desk.tables import demo_table
+from sim.desk.wrong_hits import Rate, WrongHits, share, wrong_hits
 
-__all__ = ["Summary", "Verdict", "demo_table", "good", "summarise", "verdict"]
+__all__ = ["DEFLECTED", "Rate", "Summary", "Verdict", "demo_table", "good", "summarise", "verdict"]
 
-DEFLECTED = ("exact", "coalesced", "semantic", "approximate")
 DEGRADED = ("approximate", "fallback")
 SHED = ("overloaded", "deadline_exceeded")
 LEVELS = 4
@@ -33,14 +32,6 @@ class Quantiles(msgspec.Struct, frozen=True):
     p95: float | None
     p99: float | None
     n: int
-
-
-class Rate(msgspec.Struct, frozen=True):
-    """A share with its 95 % interval; all ``None`` where nothing was labelled."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 class ClassSummary(msgspec.Struct, frozen=True):
@@ -76,6 +67,7 @@ class Summary(msgspec.Struct, frozen=True):
     replicas: int
     utilisation: float | None
     level_seconds: dict[str, float]
+    wrong_hits: WrongHits | None = None  # None: nothing was labelled
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -107,10 +99,11 @@ def summarise(
         scenario=scenario.name, kind=kind, seed=seed, duration_s=duration_s, offered=len(frame), served=len(served),
         goodput_rps=float(in_slo.sum()) / duration_s if duration_s else 0.0,
         deflection_rate=sum(tiers[t] for t in DEFLECTED) / len(served) if len(served) else None,
-        wrong_hit_rate=_wrong_hits(served), tiers=tiers, rejected=reasons(frame),
+        wrong_hit_rate=_rate(served), tiers=tiers, rejected=reasons(frame),
         classes={name: _of_class(frame, name, in_slo) for name in (*scenario.classes, *others)},
         ttft_ms=_ms(served["ttft_ns"]), e2e_ms=_ms(served["e2e_ns"]), tpot_ms=_ms(per_token),
         replicas=replicas, utilisation=utilisation, level_seconds=_level_seconds(levels),
+        wrong_hits=wrong_hits(frame),
     )
 
 
@@ -197,13 +190,10 @@ def _ms(series_ns: pd.Series) -> Quantiles:
     return Quantiles(found["p50"].value, found["p95"].value, found["p99"].value, int(in_ms.notna().sum()))
 
 
-def _wrong_hits(served: pd.DataFrame) -> Rate:
+def _rate(served: pd.DataFrame) -> Rate:
+    """Wrong among all labelled answers out of a cache, whatever tier."""
     labels = served["wrong_hit"].dropna()
-    if labels.empty:
-        return Rate()
-    test = stats.binomtest(int(labels.sum()), len(labels))
-    interval = test.proportion_ci(0.95, "exact")
-    return Rate(float(test.statistic), float(interval.low), float(interval.high))
+    return share(int(labels.sum()), len(labels)).rate
 
 
 def _level_seconds(levels: pd.DataFrame) -> dict[str, float]:

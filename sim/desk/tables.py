@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sim.desk.summary import Quantiles, Summary
+    from sim.desk.wrong_hits import Part
 
 NONE = "–"
 COUNTS = ("offered", "served", "degraded", "shed")
@@ -68,6 +69,29 @@ def class_rows(live: Summary | None, twin: Summary | None) -> list[dict[str, str
     return rows
 
 
+def wrong_rows(live: Summary | None, twin: Summary | None) -> list[dict[str, str]]:
+    """Answers of another question: a row a kind, a column a run; none where no run is labelled."""
+    found = {who: s.wrong_hits for who, s in (("live", live), ("twin", twin)) if s is not None and s.wrong_hits}
+    rows: dict[str, dict[str, str]] = {}
+    for who, wrong in found.items():
+        parts = {"of all served": wrong.served, "of answers to a similar question": wrong.similar}
+        parts |= {f"of tier {tier}": part for tier, part in wrong.tiers.items() if part.total}
+        parts["traps served a wrong answer"] = wrong.traps.wrong
+        for label, part in parts.items():
+            rows.setdefault(label, {})[who] = part_words(part)
+        rows.setdefault("traps served from a cache", {})[who] = f"{wrong.traps.from_cache} of {wrong.traps.asked}"
+    return [{"wrong hits (95 % interval)": label, **{who: row.get(who, NONE) for who in found}}
+            for label, row in rows.items()]
+
+
+def part_words(part: Part) -> str:
+    """``3 of 41: 7.3 % (1.5 to 19.9)``."""
+    rate = part.rate
+    if rate.value is None or rate.low is None or rate.high is None:
+        return f"{part.count} of {part.total}"
+    return f"{part.count} of {part.total}: {percent(rate.value)} ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+
+
 def demo_table(live: Summary, twin: Summary) -> Table:
     """Live beside twin in 100 columns: amounts, then classes, then latencies with their ``n``."""
     return _tables((live, twin))
@@ -93,7 +117,6 @@ def _amounts(pair: Pair) -> Iterator[Line]:
     yield _amount(REQUESTS, "served", pair, "served")
     yield _amount(REQUESTS, "within SLO, per second", pair, "goodput_rps", ".2f")
     yield _share(REQUESTS, "deflected, of served", pair, "deflection_rate")
-    yield _share(REQUESTS, "wrong hits, of labelled", pair, "wrong_hit_rate.value")
     yield _share(REQUESTS, "utilisation", pair, "utilisation")
     for tier in _keys(pair, "tiers"):
         yield _amount(TIERS, tier, pair, _item("tiers", tier))
@@ -115,7 +138,10 @@ def _classes(pair: Pair) -> Iterator[Line]:
 
 def _tables(pair: Pair) -> Table:
     outer = Table.grid()
-    for part in (_amount_table(pair), _class_table(pair), _latency_table(pair)):
+    parts = [_amount_table(pair), _class_table(pair), _latency_table(pair)]
+    if rows := wrong_rows(*pair):
+        parts.insert(1, _wrong_table(rows, alone=not all(pair)))
+    for part in parts:
         outer.add_row(part)
     return outer
 
@@ -164,9 +190,17 @@ def frame_table(frame: pd.DataFrame) -> Table:
     return table
 
 
-def _table(first: str, *heads: str) -> Table:
+def _wrong_table(rows: list[dict[str, str]], alone: bool) -> Table:
+    first, *runs = rows[0]
+    table = _table(first, *([""] if alone else runs), widest=36)
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    return table
+
+
+def _table(first: str, *heads: str, widest: int = 22) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=36 if not first else 22)
+    table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=widest if first else 36)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     return table

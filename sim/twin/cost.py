@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, Scenario
 from engine.errors import CalibrationError
 from engine.events import StepShape
 from engine.model.folder import cache_dir, prepare
@@ -25,6 +25,9 @@ from engine.model.stepcost import StepCost
 from engine.scenario import data_path
 from engine.service.replicas import share_cores
 from sim.twin.driver import Lags
+from sim.twin.encoder import EncoderCost
+from sim.twin.measure_encoder import BatchSample, EncoderMeasured
+from sim.twin.vectors import semantic_classes
 
 VERSION = 1
 STALL = 1.6  # a step this much longer than predicted was held up by something else: counted, not fitted
@@ -67,8 +70,24 @@ class Fit(msgspec.Struct, frozen=True):
     noise_floor: float  # median spread of equal steps
 
 
+class EncoderFit(msgspec.Struct, frozen=True):
+    """How good the encoder's batch curve is, and what it was measured on. Errors are relative."""
+
+    batches: int
+    stalls: int
+    mape: float
+    noise_floor: float  # median spread of the same batch twice
+    digest: str
+    cpu: str
+
+    @property
+    def measured(self) -> int:
+        """All batches, those that stalled too."""
+        return self.batches + self.stalls
+
+
 class Calibration(msgspec.Struct, frozen=True):
-    """One file of ``calibrations/``."""
+    """One file of ``calibrations/``. Those of before the encoder was measured have none."""
 
     model: str
     model_digest: str
@@ -79,6 +98,8 @@ class Calibration(msgspec.Struct, frozen=True):
     fit: Fit
     hull: dict[str, tuple[int, int]]  # least and greatest value of each feature among the fitted steps
     version: int = VERSION
+    encoder: EncoderCost | None = None
+    encoder_fit: EncoderFit | None = None
 
     def outside(self, shape: StepShape) -> bool:
         """Does a step lie outside of what was measured?"""
@@ -92,6 +113,8 @@ class Calibration(msgspec.Struct, frozen=True):
             found.append(f"{self.fit.stalls} of {designed} designed steps stalled (more than {STALL_SHARE:.0%})")
         if self.fit.trace_mape > TRACE_ERROR:
             found.append(f"error on held-out traces {self.fit.trace_mape:.1%} (more than {TRACE_ERROR:.0%})")
+        if self.encoder_fit and self.encoder_fit.stalls > STALL_SHARE * self.encoder_fit.measured:
+            found.append(f"{self.encoder_fit.stalls} of {self.encoder_fit.measured} batches of the encoder stalled")
         return found
 
 
@@ -145,6 +168,31 @@ def _range(values: list[int]) -> tuple[int, int]:
     return min(values), max(values)
 
 
+def fit_encoder(measured: EncoderMeasured) -> tuple[EncoderCost, EncoderFit]:
+    """``fixed_ns + n * text_ns`` by the same rule as steps: least squares on relative error, never a negative time."""
+    samples = measured.batches
+    fixed, text = _batch_curve(samples)
+    kept = [s for s in samples if s.ns <= STALL * (fixed + s.texts * text)]
+    fixed, text = _batch_curve(kept)
+    errors = [(fixed + s.texts * text) / s.ns - 1 for s in kept]
+    twice = [abs(a.ns - b.ns) / (a.ns + b.ns) for a, b in pairwise(samples) if a.number == b.number]
+    cost = EncoderCost(
+        fixed_ns=round(fixed), text_ns=round(text), max_batch=measured.max_batch,
+        wire_ns=max(0, round(float(np.median(measured.wire_ns)))) if measured.wire_ns else 0,
+    )
+    return cost, EncoderFit(
+        batches=len(kept), stalls=len(samples) - len(kept), mape=float(np.mean(np.abs(errors))),
+        noise_floor=float(np.median(twice)) if twice else float("nan"), digest=measured.digest, cpu=_cpu(),
+    )
+
+
+def _batch_curve(samples: list[BatchSample]) -> tuple[float, float]:
+    times = np.array([s.ns for s in samples], dtype=float)
+    rows = np.array([[1, s.texts] for s in samples], dtype=float)
+    (fixed, text), _ = nnls(rows / times[:, None], np.ones(len(times)))
+    return float(fixed), float(text)
+
+
 # ---------------------------------------------------------------- the file
 
 
@@ -169,7 +217,7 @@ def save(calibration: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Read any calibration; CalibrationError says what is wrong with the file."""
     if not path.is_file():
-        raise CalibrationError("not measured on this machine yet", str(path), fix="doorbuster calibrate    (45 s)")
+        raise CalibrationError("not measured on this machine yet", str(path), fix="doorbuster calibrate    (a minute)")
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except msgspec.DecodeError as error:
@@ -202,13 +250,13 @@ def load_for(
         if theirs != ours:
             raise CalibrationError(
                 f"measured with another {what}: {theirs}; here it is {ours}", where=str(path),
-                fix="doorbuster calibrate    (45 s), or --accept-foreign-calibration",
+                fix="doorbuster calibrate    (a minute), or --accept-foreign-calibration",
             )
     return found
 
 
 def for_model(
-    model: ModelConfig, path: Path | None = None, foreign_ok: bool = False,
+    scenario: Scenario, path: Path | None = None, foreign_ok: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """The costs of a scenario's model here, from ``path`` or where ``calibrate`` leaves them.
@@ -216,8 +264,9 @@ def for_model(
     The fake model runs at SmolLM2's pace as ``serve`` lets it: this machine's if it was measured, else the bundled
     reference's; times ``fake_speed``.
     """
+    model = scenario.model
     name = FAKE_PACE if model.name == FAKE else model.name
-    _, _, threads = share_cores(model.threads)
+    _, _, threads = share_cores(model.threads, scenario.replicas)
     try:
         given = path or default_path(name)
         if foreign_ok or not given.is_file():
@@ -235,6 +284,18 @@ def for_model(
     for doubt in found.doubts():
         say(f"warning: the calibration is doubtful: {doubt}; `doorbuster calibrate` on a quiet machine")
     return _faster(found, model)
+
+
+def require_encoder(scenario: Scenario, found: Calibration) -> None:
+    """CalibrationError when classes are answered by similar questions and nobody knows what encoding costs."""
+    names = semantic_classes(scenario)
+    if names and found.encoder is None:
+        raise CalibrationError(
+            "the calibration has no encoder, so the twin cannot tell when a similar question is found",
+            where=f"{found.model}, measured {found.measured_at}", why=f"semantic: {', '.join(names)}",
+            fix=f"doorbuster calibrate --set model.name={found.model}    (a minute); "
+            "or do without: --set semantic.enabled=false (and for `sim` a --rate)",
+        )
 
 
 def _faster(found: Calibration, model: ModelConfig) -> Calibration:

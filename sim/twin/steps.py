@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +21,11 @@ class LoggedStep(msgspec.Struct, frozen=True, gc=False):
     ns: int
     steps: int
     shape: StepShape
+
+
+def replica_journals(folder: Path) -> list[Path]:
+    """Of all replicas of a run, and of all their lives."""
+    return sorted((folder / "journal").glob("replica-*.ndjson"))
 
 
 def logged_steps(journal: Path) -> Iterator[LoggedStep]:
@@ -40,15 +46,16 @@ def shapes(step: LoggedStep) -> Iterator[StepShape]:
         yield msgspec.structs.replace(first, decode_kv_tokens=first.decode_kv_tokens + later * first.decode_rows)
 
 
-def outside_share(calibration: Calibration, journal: Path) -> tuple[float, int]:
+def outside_share(calibration: Calibration, *journals: Path) -> tuple[float, int]:
     """(share of the steps that lie outside of what was measured, number of steps)."""
-    outside = [calibration.outside(shape) for step in logged_steps(journal) for shape in shapes(step)]
+    steps = chain.from_iterable(map(logged_steps, journals))
+    outside = [calibration.outside(shape) for step in steps for shape in shapes(step)]
     return sum(outside) / max(1, len(outside)), len(outside)
 
 
-def outside_words(calibration: Calibration, journal: Path) -> str:
+def outside_words(calibration: Calibration, *journals: Path) -> str:
     """The same, for people."""
-    share, count = outside_share(calibration, journal)
+    share, count = outside_share(calibration, *journals)
     return f"{share:.1%} of {count:,} twin steps lie outside of the calibrated range"
 
 
@@ -63,10 +70,11 @@ class CostError(msgspec.Struct, frozen=True):
         return f"median {self.median:.1%}, total {self.total:+.1%} ({self.steps:,} runs of steps)"
 
 
-def cost_error(calibration: Calibration, journal: Path) -> CostError:
-    """How well the costs fit what a live replica did; what lies between its steps is left out."""
+def cost_error(calibration: Calibration, *journals: Path) -> CostError:
+    """How well the costs fit what live replicas did; what lies between its steps is left out."""
     cost = calibration.cost
-    pairs = [(sum(map(cost.ns, shapes(step))), step.ns) for step in logged_steps(journal) if step.ns > 0]
+    steps = chain.from_iterable(map(logged_steps, journals))
+    pairs = [(sum(map(cost.ns, shapes(step))), step.ns) for step in steps if step.ns > 0]
     if not pairs:
         return CostError(0, 0.0, 0.0)
     total = sum(said for said, _ in pairs) / sum(took for _, took in pairs) - 1

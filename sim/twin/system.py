@@ -13,7 +13,7 @@ import numpy as np
 import simpy
 
 from engine.config import Scenario, TenantConfig, gateway_config, replica_config
-from engine.events import Answer, Arrive, LevelRecord, Reject, RequestRecord
+from engine.events import Answer, Arrive, BreakerRecord, LevelRecord, Reject, RequestRecord
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
@@ -42,6 +42,7 @@ class TwinRun(msgspec.Struct, frozen=True):
 
     requests: list[RequestRecord]
     levels: list[LevelRecord]
+    breakers: list[BreakerRecord]
     answers: list[Answer | Reject]
     end_ns: int
     busy_ns: int  # of the replicas, on average
@@ -129,6 +130,7 @@ class TwinSystem:
         return TwinRun(
             requests=requests,
             levels=[r for r in records if isinstance(r, LevelRecord)],
+            breakers=[r for r in records if isinstance(r, BreakerRecord)],
             answers=self.gateway.answers,
             busy_ns=sum(replica.busy_ns for replica in self.gateway.replicas) // len(self.gateway.replicas),
             end_ns=max((r.arrived_ns + r.e2e_ns for r in requests), default=0),  # not the last idle timer

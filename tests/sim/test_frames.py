@@ -13,7 +13,7 @@ from sim.desk.series import bin_s, quantiles, queue_age, rates, slowest, tier_co
 
 COLUMNS = (
     "request_id tenant traffic_class intent arrived_ns tier outcome error_code level cosine wrong_hit prompt_tokens "
-    "cached_tokens output_tokens ttft_ns e2e_ns queue_ns lateness_ns replica"
+    "cached_tokens output_tokens ttft_ns e2e_ns queue_ns lateness_ns replica source trap"
 )
 
 
@@ -34,7 +34,7 @@ def seen(*rows: dict) -> pd.DataFrame:
 
 def test_a_record_becomes_a_row_with_the_columns_of_the_contract():
     full = record("a", 1500, tier="semantic", level=2, cosine_millionths=953_000, prompt_tokens=120, cached_tokens=64,
-                  output_tokens=20, queue_ns=7, error_code="overloaded", replica=3)
+                  output_tokens=20, queue_ns=7, error_code="overloaded", replica=3, source="z")
     frame = requests_frame([full, LevelRecord(5, 1)], start_ns=500 * MS_NS)
     assert " ".join(frame.columns) == COLUMNS
     row = frame.iloc[0]
@@ -42,7 +42,7 @@ def test_a_record_becomes_a_row_with_the_columns_of_the_contract():
         "request_id": "a", "tenant": "local", "traffic_class": "product_qa", "arrived_ns": 1000 * MS_NS,
         "tier": "semantic", "outcome": "served", "error_code": "overloaded", "level": 2, "cosine": 0.953,
         "prompt_tokens": 120, "cached_tokens": 64, "output_tokens": 20, "ttft_ns": 40 * MS_NS, "e2e_ns": 90 * MS_NS,
-        "queue_ns": 7, "replica": 3,
+        "queue_ns": 7, "replica": 3, "source": "z",
     }
     assert len(frame) == 1
 
