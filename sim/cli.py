@@ -263,6 +263,7 @@ def demo(
     profile: Profile = None,
     seed: Seed = None,
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="measure the machine again")] = False,
+    floor: Annotated[bool, typer.Option("--floor", help="the live sale twice: how far is live from live?")] = False,
     sets: Sets = None,
     json: Json = False,
 ) -> None:
@@ -270,7 +271,7 @@ def demo(
     _load_sale(scenario, sets, profile)
     from sim.demo_cli import demo_cli
 
-    ok = demo_cli(scenario, _sets(sets), profile or "demo", seed, recalibrate, json, say, emit, out)
+    ok = demo_cli(scenario, _sets(sets), profile or "demo", seed, recalibrate, floor, json, say, emit, out)
     raise typer.Exit(0 if ok else 3)
 
 

@@ -19,7 +19,7 @@ from sim.desk.frames import read_run
 from sim.desk.report import TWIN_KINDS
 from sim.desk.summary import Summary
 
-TWIN = "twin"
+TWIN, FLOOR = "twin", "floor"
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -45,6 +45,8 @@ def compare_cli(
         second = first / TWIN
         if first.is_dir() and not second.is_dir():
             raise UserError("one run, and no twin in it", where=str(first), fix="doorbuster compare RUN_A RUN_B")
+    if floor is None and (first / FLOOR).is_dir():
+        floor = first / FLOOR  # the demo made one
     a, b = read(first), read(second)
     c = None if floor is None else read(floor)
     for other in (b, c):
@@ -121,7 +123,8 @@ def _classes(run: Found) -> dict[str, ClassConfig]:
 
 def _card(a: Found, b: Found, c: Found | None, names: tuple[str, str], result: Comparison) -> dict[str, str]:
     rows = {names[0]: str(a.folder), names[1]: str(b.folder)}
-    rows["floor"] = "none: --floor RUN gives how far live is from live" if c is None else str(c.folder)
+    none = "none: --floor RUN, or doorbuster demo --floor, says how far live is from live"
+    rows["floor"] = none if c is None else str(c.folder)
     alone = result.only_first + result.only_second
     rows["pairs"] = f"{result.pairs} by request id, {alone} without a partner"
     for other in (b, c):

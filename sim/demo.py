@@ -31,6 +31,7 @@ from sim.twin.replay import Replayed, journals_of, replay
 from sim.twin.steps import cost_error, outside_words, replica_journals
 from sim.twin.workload import Request, flash_sale, profile_of, steady
 
+FLOOR = "floor"  # of the run folder: the same sale live once more; how far live is from live
 CARD = "card.json"  # of the run folder: the report's environment card, for `doorbuster report`
 LOST = "Not served by the model or a cache, by class and reason"
 CONFIRM_S = 20.0
@@ -74,16 +75,24 @@ class DemoResult(msgspec.Struct, frozen=True):
 
 
 def run(
-    name: str, sets: tuple[str, ...], profile: str, seed: int | None, calibration: Calibration,
+    name: str, sets: tuple[str, ...], profile: str, seed: int | None, calibration: Calibration, floor: bool,
     say: Callable[[str], None],
 ) -> DemoResult:
-    """The whole demo; ``say`` gets a line for people at each stage."""
+    """The whole demo; ``say`` gets a line for people at each stage. ``floor``: the live sale twice, for `compare`."""
     resolved = load(name, sets)
-    scenario = resolved.scenario
-    seed = scenario.seed if seed is None else seed
-    shape = profile_of(scenario, profile)
     bench = sale.make_bench(resolved, calibration)
     folder = runs.create(resolved, "demo")
+    with runs.kept(folder, say):
+        return _run(resolved, bench, folder, sets, profile, seed, floor, say)
+
+
+def _run(
+    resolved: Resolved, bench: Bench, folder: Path, sets: tuple[str, ...], profile: str, seed: int | None, floor: bool,
+    say: Callable[[str], None],
+) -> DemoResult:
+    scenario, calibration = resolved.scenario, bench.calibration
+    seed = scenario.seed if seed is None else seed
+    shape = profile_of(scenario, profile)
     seconds: dict[str, float] = {}
     clock = time.monotonic()
 
@@ -106,6 +115,10 @@ def run(
     with Progress("live sale", len(requests), "requests") as progress:
         live, seen = sale.live_sale(resolved, sets, requests, shape.duration_s, seed, folder, progress.update)
     lap("live")
+    if floor:
+        with Progress("once more", len(requests), "requests") as progress:
+            sale.live_sale(resolved, sets, requests, shape.duration_s, seed, folder / FLOOR, progress.update)
+        lap("floor")
     bench.learn_lengths(*answer_lengths(requests, live.frame))
     twin = sale.twin_sale(bench, resolved, requests, shape.duration_s, seed, folder / "twin")
     lap("twin")

@@ -37,7 +37,7 @@ class DemoJson(msgspec.Struct, frozen=True):
 
 
 def demo_cli(
-    scenario: str, sets: tuple[str, ...], profile: str, seed: int | None, recalibrate: bool, json: bool,
+    scenario: str, sets: tuple[str, ...], profile: str, seed: int | None, recalibrate: bool, floor: bool, json: bool,
     say: Callable[[str], None], emit: Callable[[Any], None], out: Console,
 ) -> bool:
     """Run it and show it. False when the verdict is "no"."""
@@ -51,7 +51,7 @@ def demo_cli(
     model_s = time.monotonic() - began
     calibration = _calibration(resolved.scenario, recalibrate, say)
     calibration_s = time.monotonic() - began - model_s
-    result = demo.run(scenario, sets, profile, seed, calibration, say)
+    result = demo.run(scenario, sets, profile, seed, calibration, floor, say)
     seconds = {"model": model_s, "calibration": calibration_s, **result.seconds, "all": time.monotonic() - began}
     identical = all(r.identical for r in result.replays)
     ok = result.verdict.ok and identical

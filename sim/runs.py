@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,12 @@ from engine.errors import UserError
 from engine.scenario import Resolved, flat
 
 ROOT = Path("runs")
+PARTS = {
+    "capacity": "the search for the capacity", "journal": "the live journals",
+    "ledger/records.ndjson": "the live ledger",
+    "requests.parquet": "the live requests", "summary.json": "the live summary", "floor": "the second live run",
+    "twin/summary.json": "the twin's run",
+}  # of a demo's folder, in the order in which they come to be
 
 
 def create(resolved: Resolved, kind: str, root: Path = ROOT) -> Path:
@@ -42,3 +50,19 @@ def write_json(path: Path, value: Any) -> None:
     """Indented JSON, never over an older file."""
     with path.open("xb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+
+
+@contextlib.contextmanager
+def kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a run is made. Whatever stops it half-way, the person is told what is left, and what can read it."""
+    try:
+        yield
+    except BaseException:
+        there = [words for name, words in PARTS.items() if (folder / name).exists()]
+        if there:
+            say(f"not finished: {folder} keeps {', '.join(there)}")
+        if (folder / "summary.json").is_file():
+            say(f"  doorbuster report {folder}    draws the live run")
+        if any(folder.glob("journal/*.ndjson")):
+            say(f"  doorbuster replay {folder}    reads its journals")
+        raise

@@ -7,6 +7,12 @@ stream within its SLO counted as kept.
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -15,6 +21,7 @@ from engine.units import S_NS
 from sim.demo import CONFIRM_REQUESTS, confirm, confirming, within_slo
 from sim.desk.capacity import wilson
 from sim.loadgen import Seen
+from sim.twin.replay import journals_of, replay
 from sim.twin.workload import Request
 
 
@@ -74,3 +81,31 @@ def test_a_broken_stream_does_not_confirm_anything() -> None:
     late = msgspec.structs.replace(good, request_id="r3", scheduled_ns=11, e2e_ns=7 * S_NS)
     assert within_slo([late, refused, broken, good], resolved) == 1
     assert within_slo([], resolved) == 0
+
+
+def test_a_demo_that_is_stopped_says_what_it_keeps(tmp_path: Path) -> None:
+    """The real command, told to stop in mid-sale like at a terminal."""
+    began = ["demo", "--profile", "ci", "--set", "model.name=fake", "--set", "semantic.enabled=false"]
+    rate = ["--set", "workload.base_rate_rps=4", "--set", "workload.profiles.ci.base_s=60"]
+    with (tmp_path / "said").open("wb") as err:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "sim.cli", *began, *rate], cwd=tmp_path, stderr=err, stdout=subprocess.DEVNULL
+        )
+    try:
+        deadline = time.monotonic() + 60
+        ledgers = "runs/*/ledger/records.ndjson"
+        while not any(b'"RequestRecord"' in path.read_bytes() for path in tmp_path.glob(ledgers)):
+            assert time.monotonic() < deadline and demo.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 130
+    finally:
+        demo.kill()
+        demo.wait()
+    (folder,) = tmp_path.glob("runs/*")
+    said = (tmp_path / "said").read_text()
+    assert f"not finished: runs/{folder.name} keeps the live journals, the live ledger" in said
+    assert "the live summary" not in said and "doorbuster report" not in said
+    assert f"doorbuster replay runs/{folder.name}" in said
+    assert "Traceback" not in said
+    assert all(replay(path).identical for path in journals_of(folder))
