@@ -31,8 +31,10 @@ test-slow: $(STAMP)  ## real weights
 	@began=$$(date +%s); $(RUN)/python -m pytest -q -m slow --durations=5; code=$$?; \
 	  echo "make test-slow: $$(( $$(date +%s) - began )) s"; exit $$code
 
-test-ui: $(STAMP)  ## a real browser (nothing here yet but the report's own page)
-	$(RUN)/python -m pytest -q -m ui; code=$$?; [ $$code -eq 5 ] && echo "no browser test yet" && exit 0; exit $$code
+test-ui: $(STAMP)  ## a real browser on the reports and on JupyterLab: about 3 minutes; pictures in runs/ui
+	@began=$$(date +%s); DOORBUSTER_BROWSER="$$(sh .ci/browser)" || exit 1; export DOORBUSTER_BROWSER; \
+	  $(RUN)/python -m pytest -q -m ui tests/ui --durations=5; code=$$?; \
+	  echo "make test-ui: $$(( $$(date +%s) - began )) s"; exit $$code
 
 drill: $(STAMP)  ## soaks and peers
 	$(RUN)/python -m pytest -q -m drill; code=$$?; [ $$code -eq 5 ] && echo "no drill yet" && exit 0; exit $$code
@@ -40,8 +42,8 @@ drill: $(STAMP)  ## soaks and peers
 bench: $(STAMP)  ## speed and memory; NAME=… picks one
 	$(RUN)/python -m tests.bench $(NAME)
 
-lab: $(STAMP)  ## JupyterLab on the notebooks
-	$(RUN)/jupyter lab notebooks
+lab: $(STAMP)  ## JupyterLab on the first notebook
+	$(RUN)/doorbuster lab
 
 clean:  ## remove the environment and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="API keys: only their digests are ever stored.")
 app.add_typer(keys_app, name="keys")
+lab_app = typer.Typer(help="JupyterLab on the notebooks; several runs on one page.")
+app.add_typer(lab_app, name="lab")
 
 Scenario = Annotated[str, typer.Argument(help="a name below data/scenarios, or a TOML file")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one value")]
@@ -273,6 +275,37 @@ def demo(
 
     ok = demo_cli(scenario, _sets(sets), profile or "demo", seed, recalibrate, floor, json, say, emit, out)
     raise typer.Exit(0 if ok else 3)
+
+
+@lab_app.callback(invoke_without_command=True)
+def lab(
+    context: typer.Context,
+    notebook: Annotated[str, typer.Option(help="a name below notebooks, or a file")] = "00_start_here",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="JupyterLab takes the next free one")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open a browser on it")] = True,
+) -> None:
+    """JupyterLab on the notebooks, on this machine's loopback; its address is printed."""
+    if context.invoked_subcommand is None:
+        from sim.lab import open_lab
+
+        open_lab(notebook, port, browser)
+
+
+@lab_app.command("compare", short_help="Several runs, laid over each other on a page.")
+def lab_compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders of one scenario, two to eight")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="where to write; below runs/ by default")] = None,
+    json: Json = False,
+) -> None:
+    """Several runs, a column each, and their latencies laid over each other on one offline page."""
+    from sim.lab import compare_runs
+
+    summaries, table, path = compare_runs(runs, out_file)
+    if json:
+        emit(summaries)
+    else:
+        out.print(table)
+    say(f"page {path}")
 
 
 @keys_app.command("new")

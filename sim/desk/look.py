@@ -6,12 +6,16 @@ with any colour vision. Text from outside (class names, request ids) becomes a l
 
 from __future__ import annotations
 
+import re
+import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -29,6 +33,7 @@ STAGE_COLOURS = {"queue": "#C6DBEF", "prefill": "#6BAED6", "decode": "#2171B5"}
 STAGE_WORDS = {"queue": "queue", "prefill": "prefill, to the first token", "decode": "decode, the rest of the answer"}
 WIDTH_IN = 7.4
 TITLE_CHARS = 88
+UNIT = re.compile(r"(?<=\d) (?=(s|ms|%)(\W|$))")
 RUN_NAME = "run-name"  # group id of a run's name above a figure
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9,
@@ -45,10 +50,14 @@ P = ParamSpec("P")
 
 
 def style() -> None:
-    """For notebooks: the same look for what is drawn by hand, and figures shown inline."""
-    import matplotlib.pyplot as plt  # its import tells the notebook how to show a figure
+    """For notebooks: the same look for what is drawn by hand; figures inline and sharp; tables whole."""
+    mpl.rcParams.update(STYLE)
+    pd.set_option("display.max_colwidth", None)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm, which shows nothing here anyway
+    if "ipykernel" in sys.modules:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    plt.rcParams.update(STYLE)
+        set_matplotlib_formats("retina")
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -64,7 +73,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def headed(figure: Figure, finding: str, runs: list[str]) -> Figure:
     """The finding as the title; above it the names of the lines' colours."""
-    lines = textwrap.wrap(finding, TITLE_CHARS)
+    lines = textwrap.wrap(UNIT.sub("\u00a0", finding), TITLE_CHARS)  # a number keeps its unit on its line
     figure.suptitle("\n".join([*lines, " "] if runs else lines), x=0.008, ha="left")
     height_in = figure.get_size_inches()[1]
     y = 1 - (0.06 + 0.165 * len(lines)) / height_in

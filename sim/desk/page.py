@@ -34,6 +34,7 @@ figcaption { margin-bottom: .6rem; } figcaption strong { display: block; font-we
 figcaption b { margin-right: .6rem; }
 details { margin: .2rem 0 1rem; font-size: .85rem; } summary { cursor: pointer; color: #333; padding: .3rem 0; }
 section > .wide table:not(.compare), details table { white-space: nowrap; }
+section > .wide td:first-child { white-space: normal; min-width: 8rem; }
 .note { color: #555; font-size: .85rem; }
 @media (max-width: 34rem) { body { font-size: 15px; } h1 { font-size: 1.3rem; } th, td { padding: .2rem .35rem; }
   .compare { font-size: .85rem; }
@@ -99,6 +100,36 @@ only where {{ p99_from }} or more requests carry it.
 {% endfor %}
 </main>
 <script type="application/json" id="summaries">{{ data }}</script>
+</body>
+</html>
+"""
+
+RUNS_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>{{ css }}</style>
+</head>
+<body>
+<header>
+<p class="kicker">{{ title }}</p>
+<h1>{{ finding }}</h1>
+</header>
+<main>
+<section><h2>Which runs</h2>
+<dl>{% for key, value in card.items() %}<div><dt>{{ key }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+</section>
+<section><h2>In numbers</h2><div class="wide hint">{{ numbers }}</div>
+<p class="note">Latencies are p95 of served requests, from the scheduled arrival; a class's share within its SLO is of
+what it offered. Read them beside what was degraded or shed.</p>
+</section>
+<section><h2>How long people waited</h2>
+<figure><figcaption>Live runs are solid lines, twins dashed.</figcaption><div class="wide hint">{{ svg }}</div></figure>
+</section>
+</main>
 </body>
 </html>
 """
