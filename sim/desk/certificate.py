@@ -190,7 +190,7 @@ def confusion_map(pairs: pd.DataFrame, names: tuple[str, str] = ("live", "twin")
                 axis.text(j, i, "·", ha="center", va="center", color=LOST)
     axis.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xlabel=f"decision of the {names[1]} run",
              ylabel=f"decision of the {names[0]} run")
-    axis.set_xticks(range(n), labels, rotation=0 if n <= 6 else 20, ha="center" if n <= 6 else "right")
+    axis.set_xticks(range(n), [label.replace("_", "_\n") for label in labels], fontsize=8 if n <= 6 else 7)
     axis.set_yticks(range(n), labels)
     axis.grid(visible=False)
     axis.tick_params(length=0)
@@ -237,7 +237,7 @@ def ratio_over_time(pairs: pd.DataFrame, names: tuple[str, str] = ("live", "twin
         axis.yaxis.set_minor_formatter(NullFormatter())
     axes[-1].set_xlabel("seconds since the start, at arrival")
     handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(7, len(labels)), markerscale=1.8)
+    figure.legend(handles, labels, loc="outside lower left", ncols=min(4, len(labels)), markerscale=1.8)
     return headed(figure, _ratio_finding(pairs, same, names), [])
 
 

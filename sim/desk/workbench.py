@@ -32,15 +32,12 @@ from sim.desk import overlay, plots
 from sim.desk.card import card
 from sim.desk.compare import Comparison, Side, compare
 from sim.desk.decision import write_decision
-from sim.desk.look import style
 from sim.desk.progress import Progress
 from sim.desk.report import RunView
 from sim.desk.trials import AS_IT_IS, Choice, Trial, choose, tidy
 from sim.twin import cost
 from sim.twin.replay import journals_of, replay
 from sim.twin.workload import flash_sale, profile_of
-
-__all__ = ["Pair", "Workbench", "style"]
 
 SALE = "question"  # the bench's own sale among the scenario's profiles
 ROOT = DATA.parent / "runs"  # a kernel starts in the notebook's folder: runs go beside the others all the same

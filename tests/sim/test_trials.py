@@ -1,9 +1,8 @@
 """Which setting is chosen, and what is written of it.
 
 Run: python -m pytest tests/sim/test_trials.py -q
-Mutations it caught:
-an unpaired interval; a gain that may be chance; a critical class that pays; a decision over a file;
-a draft that stays; the comment of another line lost.
+Mutations it caught: an unpaired interval; a gain that may be chance; a critical class that pays; an unweighted share; a
+decision over a file; a draft that stays; a file that the engine has not read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The bench behind the notebooks, and ``doorbuster lab``: one load for all settings, runs that other verbs can read.
 
 Run: python -m pytest tests/sim/test_workbench.py -q
-Mutations it caught:
-a load sized again for each setting; a decided bench on the old file; folders that overwrite; two runs
-under one name.
+Mutations it caught: a load that follows a setting; a decided bench on the old file, or in place of the old bench; a
+page over a page; the same run twice.
 """
 
 from __future__ import annotations

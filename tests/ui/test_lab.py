@@ -1,6 +1,7 @@
 """The first notebook as a person meets it: ``doorbuster lab``, "Run All Cells", figures on the screen.
 
 Run: make test-ui, or python -m pytest -m ui tests/ui/test_lab.py -q
+Faults it found: figures shown as their repr; a dialog of Jupyter news; an import's warning above the first table.
 """
 
 from __future__ import annotations
