@@ -36,8 +36,8 @@ test-ui: $(STAMP)  ## a real browser on the reports and on JupyterLab: about 3 m
 	  $(RUN)/python -m pytest -q -m ui tests/ui --durations=5; code=$$?; \
 	  echo "make test-ui: $$(( $$(date +%s) - began )) s"; exit $$code
 
-drill: $(STAMP)  ## soaks and peers
-	$(RUN)/python -m pytest -q -m drill; code=$$?; [ $$code -eq 5 ] && echo "no drill yet" && exit 0; exit $$code
+drill: $(STAMP)  ## processes that die, hang and dawdle under load: three minutes on a quiet machine
+	$(RUN)/python -m pytest -q -m drill
 
 bench: $(STAMP)  ## speed and memory; NAME=… picks one
 	$(RUN)/python -m tests.bench $(NAME)

@@ -20,7 +20,7 @@ def report_again(folder: Path) -> Path:
     """A demo's folder holds its twin's below it; both are shown. The old report goes only when the new one is whole."""
     if not folder.is_dir():
         raise UserError("no such run folder", where=str(folder), fix="ls runs")
-    live, twin = _view(folder), _view(folder / "twin") if (folder / "twin").is_dir() else None
+    live, twin = view_of(folder), view_of(folder / "twin") if (folder / "twin").is_dir() else None
     judged = verdict(live.frame, live.levels, live.scenario) if twin is not None else None
     tables = extra_tables(live, twin, replay_again(folder)) if twin is not None else {}
     text = render(live, twin, judged, _card(folder, live), tables)
@@ -41,7 +41,8 @@ def _card(folder: Path, view: RunView) -> dict[str, str]:
         raise UserError("not a card", where=str(path), why=str(error), fix=f"remove {CARD}") from None
 
 
-def _view(folder: Path) -> RunView:
+def view_of(folder: Path) -> RunView:
+    """A run folder, or the twin inside a demo's, as reports show it. Raises UserError."""
     run = read_run(folder)
     base = folder if (folder / "scenario.toml").is_file() else folder.parent
     path = folder / "summary.json"

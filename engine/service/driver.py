@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple, Protocol
 
 from engine.events import (
     Abort,
@@ -28,12 +26,10 @@ from engine.events import (
     GatewayAction,
     GatewayEvent,
     LedgerRecord,
-    Neighbour,
     Record,
     Reject,
     ReplicaBack,
     ReplicaLost,
-    Similar,
     StoreAnswer,
     StoreVector,
     Submit,
@@ -41,18 +37,13 @@ from engine.events import (
 )
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
-from engine.model.index import VectorIndex
 from engine.model.stepping import SamplingParams
 from engine.model.tokenizer import Detokenizer
 from engine.model.wire import Output, ToReplica, Work
 from engine.policy.gateway import Gateway
+from engine.service.similar import FRESH, Done, SimilarQuestions
 from engine.service.stream import ClientStream, StoredAnswer, Tape
-from engine.units import S_NS
-
-FRESH_VECTORS = 4096  # far more than questions can be under way
-STORE_WITHIN_S = 30.0  # an answered question whose vector was late is encoded once more, without hurry
-
-T = TypeVar("T")
+from engine.units import S_NS, ms_to_ns
 
 
 class Payload(NamedTuple):
@@ -71,15 +62,10 @@ class ReplicaLink(Protocol):
         ...
 
 
-Word = Literal["ok", "late", "failed", "unfit"]
-
-
 class Encoder(Protocol):
     """The way to vectors, wherever they are made."""
 
-    def encode(
-        self, text_key: bytes, text: str, deadline_s: float, done: Callable[[np.ndarray | None, Word], None]
-    ) -> object:
+    def encode(self, text_key: bytes, text: str, deadline_s: float, done: Done) -> object:
         """Calls ``done`` exactly once, perhaps before this returns. The result, if any, is for ``cancel``."""
         ...
 
@@ -110,11 +96,12 @@ class GatewayDriver:
         self._detokenizer, self._journal, self._ledger = detokenizer, journal, ledger
         self._answers = {answer_id: StoredAnswer(text) for answer_id, text in fallbacks.items()}
         self._payloads: dict[int, Payload] = {}  # of requests that may still be submitted
-        self._encoder, self._index = encoder, VectorIndex(dims)
-        self._fresh: OrderedDict[bytes, np.ndarray] = OrderedDict()  # vectors just made, until their answer is there
-        self._questions: OrderedDict[bytes, str] = OrderedDict()  # asked for just now, in case their vectors are late
-        self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
-        self._looks: dict[int, object] = {}  # rid -> its wait for the encoder
+        self._encoder = encoder
+        self._questions: OrderedDict[bytes, str] = OrderedDict()  # asked for lately, in case their vectors are late
+        self._similar = SimilarQuestions(
+            self._encode if encoder else None, encoder.cancel if encoder else _nobody_waits,
+            ms_to_ns(machine.config.semantic.deadline_ms), self.deliver, dims,
+        )
         self._streams: dict[int, ClientStream] = {}
         self._tapes: dict[int, Tape] = {}
         self._replica_of: dict[int, int] = {}  # sid -> where it is computed
@@ -256,13 +243,14 @@ class GatewayDriver:
                 self._listen(self._tapes[sid], rid, "coalesced")
             case Abort(sid=sid):
                 self._link.send(self._replica_of[sid], action)
-            case FindSimilar():
-                self._look(action)
-            case StoreVector(hard_key=hard_key, text_key=text_key):
-                self._store(hard_key, text_key)
-            case DropVector(hard_key=hard_key, text_key=text_key):
-                self._awaited.discard((hard_key, text_key))
-                self._index.remove(hard_key, text_key)
+            case FindSimilar(rid=rid, text_key=text_key):
+                self._questions[text_key] = self._payloads[rid].question
+                self._questions.move_to_end(text_key)
+                if len(self._questions) > FRESH:
+                    self._questions.popitem(last=False)
+                self._similar.carry_out(action)
+            case StoreVector() | DropVector():
+                self._similar.carry_out(action)
             case Answer() | Reject():
                 self._end(action)
             case StoreAnswer(answer_id=answer_id, sid=sid):
@@ -274,43 +262,11 @@ class GatewayDriver:
                 if self._ledger is not None:
                     self._ledger(record)
 
-    def _look(self, ask: FindSimilar) -> None:
-        if self._encoder is None:
-            self._inbox.append(Similar(ask.rid, status="unfit"))
-            return
-        deadline_s = self.machine.config.semantic.deadline_ms / 1000
-        question = self._payloads[ask.rid].question
-        _remember(self._questions, ask.text_key, question)
-        call = self._encoder.encode(
-            ask.text_key, question, deadline_s, lambda vector, word: self._found(ask, vector, word)
-        )
-        if call is not None:
-            self._looks[ask.rid] = call
-
-    def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
-        self._looks.pop(ask.rid, None)
-        if vector is None:
-            self.deliver(Similar(ask.rid, status=word))
-            return
-        _remember(self._fresh, ask.text_key, vector)
-        near = self._index.search(ask.hard_key, vector, ask.at_most)
-        self.deliver(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
-
-    def _store(self, hard_key: bytes, text_key: bytes) -> None:
-        """Into the index; a vector that was late is asked for again, and may take its time."""
-        if (vector := self._fresh.get(text_key)) is not None:
-            self._index.add(hard_key, text_key, vector)
-        elif (question := self._questions.get(text_key)) is not None and self._encoder is not None:
-            self._awaited.add((hard_key, text_key))
-            self._encoder.encode(
-                text_key, question, STORE_WITHIN_S, lambda vector, _: self._store_late(hard_key, text_key, vector)
-            )
-
-    def _store_late(self, hard_key: bytes, text_key: bytes, vector: np.ndarray | None) -> None:
-        if (hard_key, text_key) in self._awaited:
-            self._awaited.discard((hard_key, text_key))
-            if vector is not None:
-                self._index.add(hard_key, text_key, vector)
+    def _encode(self, text_key: bytes, within_ns: int, done: Done) -> Any:
+        question = self._questions.get(text_key)
+        if self._encoder is None or question is None:
+            return done(None, "unfit")
+        return self._encoder.encode(text_key, question, within_ns / S_NS, done)
 
     def _listen(self, tape: Tape, rid: int, tier: str) -> None:
         stream = self._streams[rid]
@@ -328,13 +284,8 @@ class GatewayDriver:
 
     def _forget(self, rid: int) -> None:
         del self._streams[rid], self._payloads[rid]
-        if (call := self._looks.pop(rid, None)) is not None and self._encoder is not None:
-            self._encoder.cancel(call)
+        self._similar.forget(rid)
 
 
-def _remember(kept: OrderedDict[bytes, T], key: bytes, value: T) -> None:
-    """The newest ``FRESH_VECTORS`` of them."""
-    kept[key] = value
-    kept.move_to_end(key)
-    if len(kept) > FRESH_VECTORS:
-        kept.popitem(last=False)
+def _nobody_waits(call: Any) -> None:
+    """Without an encoder there is no call to cancel."""

@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -38,10 +37,8 @@ from engine.model.encoder_process import (
     frame,
 )
 from engine.model.wire import Unframer
+from engine.service.similar import Done, Word
 from engine.units import S_NS
-
-Word = Literal["ok", "late", "failed", "unfit"]  # unfit: too long to have a vector
-Done = Callable[[np.ndarray | None, Word], None]
 
 MAX_OPEN = 1000  # texts asked for and not answered; more fail at once
 START_TIMEOUT_S = 120.0

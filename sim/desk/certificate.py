@@ -24,7 +24,7 @@ from engine.units import S_NS
 from sim.desk.compare import BY_MODEL, METRICS, Comparison, Score, confusion, ratios
 from sim.desk.comparison_words import ALL, amount, said
 from sim.desk.look import LOST, QUIET, TIER_COLOURS, TWIN, WIDTH_IN, headed, plain, styled, take_heading
-from sim.desk.page import CSS, GRID
+from sim.desk.page import CSS, GRID, HEAD
 from sim.desk.report import ENV, inline_svg
 from sim.desk.series import TIERS, bin_s
 from sim.desk.tables import NONE, frame_table, milliseconds
@@ -37,16 +37,7 @@ LABEL = 25  # columns
 WIDEST = 100.0  # a ratio beyond it is drawn at the edge
 MS_SECTIONS = ("first token", "end to end")
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>{{ css }}</style>
-</head>
-<body>
+PAGE = HEAD + """<body>
 <header class="{{ mark }}">
 <p class="kicker">{{ kicker }}</p>
 <h1><span class="mark">{{ mark }}</span>{{ sentence }}</h1>

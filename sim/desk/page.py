@@ -45,6 +45,17 @@ section > .wide td:first-child { white-space: normal; min-width: 8rem; }
   dl { border: 1px solid #ccc; } }
 """
 
+HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>{{ css }}</style>
+</head>
+"""
+
 PAGE = """{% macro compare(sections) %}<div class="wide"><table class="compare">
 <thead><tr><th scope="col">measure</th>{% for name in columns %}
 <th scope="col" class="{{ name }}">{{ name }}</th>{% endfor %}
@@ -56,16 +67,7 @@ PAGE = """{% macro compare(sections) %}<div class="wide"><table class="compare">
 <td>{{ row[name] }}</td>{% endfor %}
 {%- if columns|length == 2 %}<td>{{ row.difference }}</td>{% endif %}</tr>
 {% endfor %}{% endfor %}</tbody></table></div>{% endmacro -%}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>{{ css }}</style>
-</head>
-<body>
+""" + HEAD + """<body>
 <header class="{{ mood }}">
 <p class="kicker">{{ kicker }}</p>
 <h1>{% if mark %}<span class="mark">{{ mark }}</span>{% endif %}{{ sentence }}</h1>
@@ -104,16 +106,7 @@ only where {{ p99_from }} or more requests carry it.
 </html>
 """
 
-RUNS_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>{{ css }}</style>
-</head>
-<body>
+RUNS_PAGE = HEAD + """<body>
 <header>
 <p class="kicker">{{ title }}</p>
 <h1>{{ finding }}</h1>

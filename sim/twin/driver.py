@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 
-import numpy as np
 import simpy
 
 from engine.events import (
@@ -25,14 +24,12 @@ from engine.events import (
     GatewayAction,
     GatewayEvent,
     LedgerRecord,
-    Neighbour,
     Plan,
     Record,
     Reject,
     ReplicaAction,
     ReplicaEvent,
     RunStep,
-    Similar,
     StepDone,
     StepFailed,
     StoreVector,
@@ -41,12 +38,11 @@ from engine.events import (
 )
 from engine.ledger.journal import JournalWriter
 from engine.model.counting import CountingRunner
-from engine.model.index import VectorIndex
 from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
-from engine.service.driver import STORE_WITHIN_S, Word
-from engine.units import ms_to_ns, s_to_ns
+from engine.service.similar import Done, SimilarQuestions
+from engine.units import ms_to_ns
 from engine.values import Section
 from sim.twin.encoder import Call, EncoderServer
 
@@ -112,10 +108,11 @@ class GatewaySim:
     ) -> None:
         """``answer_of(rid)``: id and bytes of the text that a request's computation would give."""
         self.env, self.machine, self._lags, self._answer_of = env, machine, lags, answer_of
-        self._encoder, self._index = encoder, VectorIndex(dims)
-        self._fresh: dict[bytes, np.ndarray] = {}
-        self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
-        self._looks: dict[int, Call] = {}  # rid -> its wait for the encoder
+        self._encoder = encoder
+        self._similar = SimilarQuestions(
+            self._encode if encoder else None, EncoderServer.cancel, ms_to_ns(machine.config.semantic.deadline_ms),
+            self.tell, dims,
+        )
         self._journal, self._check = journal, check
         self.replicas: list[ReplicaSim] = []
         self.records: list[LedgerRecord] = []
@@ -174,57 +171,21 @@ class GatewaySim:
                 self._send(action.replica, action)
             case Abort(sid=sid):
                 self._send(self._submits[sid].replica, action)
-            case FindSimilar():
-                self._look(action)
-            case StoreVector(hard_key=hard_key, text_key=text_key):
-                self._store(hard_key, text_key)
-            case DropVector(hard_key=hard_key, text_key=text_key):
-                self._awaited.discard((hard_key, text_key))
-                self._index.remove(hard_key, text_key)
+            case FindSimilar() | StoreVector() | DropVector():
+                self._similar.carry_out(action)
             case Answer(rid=rid) | Reject(rid=rid):
                 self._forget(rid)
                 self.answers.append(action)
             case Record(record=record):
                 self.records.append(record)
 
-    def _look(self, ask: FindSimilar) -> None:
-        if self._encoder is None:
-            self._inbox.append(Similar(ask.rid, status="unfit"))
-            return
-        deadline_ns = now_ns(self.env) + ms_to_ns(self.machine.config.semantic.deadline_ms)
-        call = self._encoder.encode(
-            ask.text_key, deadline_ns, lambda vector, word: self._found(ask, vector, word)
-        )
-        if call is not None:
-            self._looks[ask.rid] = call
-
-    def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
-        self._looks.pop(ask.rid, None)
-        if vector is None:
-            self.tell(Similar(ask.rid, status=word))
-            return
-        self._fresh[ask.text_key] = vector
-        near = self._index.search(ask.hard_key, vector, ask.at_most)
-        self.tell(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
-
-    def _store(self, hard_key: bytes, text_key: bytes) -> None:
-        if (vector := self._fresh.get(text_key)) is not None:
-            self._index.add(hard_key, text_key, vector)
-        elif self._encoder is not None:
-            self._awaited.add((hard_key, text_key))
-            within_ns = now_ns(self.env) + s_to_ns(STORE_WITHIN_S)
-            self._encoder.encode(text_key, within_ns, lambda vector, _: self._store_late(hard_key, text_key, vector))
-
-    def _store_late(self, hard_key: bytes, text_key: bytes, vector: np.ndarray | None) -> None:
-        if (hard_key, text_key) in self._awaited:
-            self._awaited.discard((hard_key, text_key))
-            if vector is not None:
-                self._index.add(hard_key, text_key, vector)
+    def _encode(self, text_key: bytes, within_ns: int, done: Done) -> Call | None:
+        assert self._encoder is not None
+        return self._encoder.encode(text_key, now_ns(self.env) + within_ns, done)
 
     def _forget(self, rid: int) -> None:
         del self._waiting[rid]
-        if self._encoder is not None and (call := self._looks.pop(rid, None)) is not None:
-            self._encoder.cancel(call)
+        self._similar.forget(rid)
 
     def _send(self, replica: int, message: Submit | Abort) -> None:
         there = self.replicas[replica]

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.service.driver import Word
+from engine.service.similar import Done
 from engine.values import Section
-
-Done = Callable[[np.ndarray | None, Word], None]
 
 
 class EncoderCost(Section):

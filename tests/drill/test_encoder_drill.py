@@ -34,9 +34,8 @@ from sim.loadgen import Seen
 from sim.twin.replay import replay
 from sim.twin.workload import Request
 from tests.drill.conftest import Publish, Row
-from tests.drill.engines import served
 from tests.drill.load import Playing, player
-from tests.service.harness import SCENARIO, STEP_20_MS, Engine, journal
+from tests.service.harness import SCENARIO, STEP_20_MS, Engine, journal, start
 
 pytestmark = pytest.mark.drill
 
@@ -197,7 +196,7 @@ def test_an_encoder_in_trouble_is_a_bounded_miss(tmp_path: Path, publish: Publis
         "exact": ExactConfig(ttl_s=600), "semantic": SemanticConfig(deadline_ms=DEADLINE_MS, cosine=0.85, ttl_s=600),
         "encoder_breaker": msgspec.structs.replace(SCENARIO.encoder_breaker, open_max_ms=2_000),
     }
-    with served(tmp_path, STEP_20_MS, **changes) as engine, player(engine.url, engine.keys) as play:
+    with start(tmp_path, STEP_20_MS, pin_cores=True, **changes) as engine, player(engine.url, engine.keys) as play:
         shop = Shop(engine, play)
         restarts = scene(engine, shop)
         engine.quiet()

@@ -24,8 +24,7 @@ from engine.config import BatcherConfig, ModelConfig, PrefixConfig
 from engine.events import Ended, ReplicaBack, ReplicaLost
 from sim.twin.replay import replay
 from tests.drill.conftest import Publish
-from tests.drill.engines import served
-from tests.service.harness import CHAT, Engine, body, check_error, journal
+from tests.service.harness import CHAT, Engine, body, check_error, journal, start
 
 pytestmark = pytest.mark.drill
 
@@ -102,9 +101,13 @@ def restarted(engine: Engine) -> float:
     assert engine.inside.pool.restart_s, "it comes back"
     return engine.inside.pool.restart_s[0]
 
+START_S = 300.0  # weights that are converted first take half a minute
+
 
 def test_a_real_replica_killed_in_mid_batch(tmp_path: Path, publish: Publish) -> None:
-    with served(tmp_path, **CHANGES) as engine, ThreadPoolExecutor(12) as pool, ExitStack() as stack:
+    with ExitStack() as stack:
+        engine = stack.enter_context(start(tmp_path, pin_cores=True, start_s=START_S, **CHANGES))
+        pool = stack.enter_context(ThreadPoolExecutor(12))
         bank = stack.enter_context(engine.http("bank", **{"x-doorbuster-class": "fraud"}))
         before = bank.post(CHAT, json=CHECK).json()["choices"][0]["message"]["content"]
         twelve = Twelve(engine, pool, stack)

@@ -17,7 +17,7 @@ from engine.model.stepcost import StepCost
 from engine.model.stepping import StepResult
 from engine.model.wire import Output, ToReplica
 from engine.model.worker import ReplicaDriver
-from engine.service.driver import Word
+from engine.service.similar import Done
 from engine.units import S_NS
 from sim.twin.driver import Fails, never
 from sim.twin.encoder import Call, EncoderCost, EncoderServer
@@ -66,9 +66,7 @@ class VirtualEncoder:
         self._loop = loop
         self._server = EncoderServer(loop.now_ns, self._later, cost, vectors)
 
-    def encode(
-        self, text_key: bytes, text: str, deadline_s: float, done: Callable[[np.ndarray | None, Word], None]
-    ) -> Call | None:
+    def encode(self, text_key: bytes, text: str, deadline_s: float, done: Done) -> Call | None:
         return self._server.encode(text_key, self._loop.now_ns() + round(deadline_s * S_NS), done)
 
     def cancel(self, call: Call) -> None:

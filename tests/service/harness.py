@@ -175,8 +175,10 @@ def write_keys(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def start(folder: Path, cost: StepCost | None = None, **changes: Any) -> Iterator[Engine]:
-    """An engine, stopped at the end. ``cost`` None: the model takes no time."""
+def start(
+    folder: Path, cost: StepCost | None = None, pin_cores: bool = False, start_s: float = 60, **changes: Any
+) -> Iterator[Engine]:
+    """An engine, stopped at the end. ``cost`` None: the model takes no time. ``changes``: sections of the scenario."""
     scenario = msgspec.structs.replace(SCENARIO, **changes)
     keys = write_keys(folder / "keys.toml")
     ring = KeyRing.load(folder / "keys.toml", scenario.classes)
@@ -184,10 +186,11 @@ def start(folder: Path, cost: StepCost | None = None, **changes: Any) -> Iterato
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     ours = {child.pid for child in psutil.Process().children()}
-    context = running(scenario, ring, ServeOptions(folder=folder, pin_cores=False, fake_cost=cost))
-    inside = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(60)
+    context = running(scenario, ring, ServeOptions(folder=folder, pin_cores=pin_cores, fake_cost=cost))
+    inside = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(start_s)
     try:
-        workers = sorted((c for c in psutil.Process().children() if c.pid not in ours), key=lambda child: child.pid)
+        born = (child for child in psutil.Process().children() if child.pid not in ours)  # the encoder is one, too
+        workers = sorted((c for c in born if "engine.model.process" in c.cmdline()), key=lambda child: child.pid)
         assert len(workers) == scenario.replicas
         engine = Engine(inside, loop, keys, workers, folder)
         engine.idle_tasks = engine.call(lambda: len(asyncio.all_tasks()) - 1)

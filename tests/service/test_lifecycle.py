@@ -41,18 +41,9 @@ from engine.service.auth import KeyRing
 from engine.service.server import ServeOptions, running
 from tests.service.conftest import Starter
 from tests.service.harness import CHAT, SCENARIO, STEP_20_MS, body, dial, start
+from tests.waiting import DEADLINE_S, until
 
-DEADLINE_S = 30.0
 FAKE = ("--set", "model.name=fake", "--set", "semantic.enabled=false")
-
-
-def until(true: Callable[[], Any], what: str) -> Any:
-    """Poll for a state; its value."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.01)
-    return value
 
 
 def gone(pid: int) -> bool:

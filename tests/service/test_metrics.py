@@ -26,7 +26,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import BatcherConfig, PrefixConfig, ReplicaConfig
-from engine.events import Ended, LevelRecord, Pressure, Record, RequestRecord, Waiting
+from engine.events import BreakerRecord, Ended, LevelRecord, Pressure, Record, RequestRecord, Waiting
 from engine.ledger.journal import open_journal
 from engine.model.wire import Output
 from engine.policy.replica import Replica, ReplicaStats
@@ -308,6 +308,7 @@ def test_an_overload_is_counted(engine: Engine) -> None:
     row = RequestRecord("r", "shop", "chat", 0, "served", 2, "fallback", "overloaded", ttft_ns=0)
     for record in (
         row, msgspec.structs.replace(row, outcome="rejected", tier=None, ttft_ns=None), LevelRecord(1, 2, "chat", 5),
+        BreakerRecord(7, "replica-0", "closed", "open", "failing"),
         msgspec.structs.replace(row, tier="approximate", error_code=None),
         msgspec.structs.replace(
             row, outcome="rejected", tier=None, error_code="deadline_exceeded", replica=0, prompt_tokens=9, ttft_ns=None
@@ -327,6 +328,8 @@ def test_an_overload_is_counted(engine: Engine) -> None:
     assert one(page, "num_preemptions_total") == 2
     assert one(page, "requests_by_outcome_total", outcome="served", error_code="overloaded", traffic_class="chat") == 1
     assert one(page, "overload_level_changes_total") == 1
+    assert one(page, "breaker_transitions_total", boundary="replica-0", state="open") == 1
+    assert one(page, "router_ahead_tokens", replica="0") == 0
     assert one(page, "num_requests_running", replica="0") == 3 and one(page, "num_requests_waiting", replica="0") == 6
     assert one(page, "kv_cache_usage_perc", replica="0") == 0.25
     assert one(page, "oldest_waiting_seconds", traffic_class="chat") == 1

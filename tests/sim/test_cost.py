@@ -18,6 +18,7 @@ import pytest
 from engine.config import ModelConfig, Scenario
 from engine.errors import CalibrationError
 from engine.events import StepShape
+from engine.model.encoder_folder import digest_of, find_folder
 from engine.model.stepcost import StepCost
 from engine.scenario import data_path
 from engine.scenario import load as load_scenario
@@ -38,7 +39,6 @@ from sim.twin.cost import (
 )
 from sim.twin.driver import Lags
 from sim.twin.measure_encoder import BatchSample, EncoderMeasured, measure_encoder
-from sim.twin.vectors import encoder_digest
 from sim.twin.workload import read_corpus
 
 TRUE = StepCost(
@@ -130,7 +130,7 @@ def test_an_encoder_is_never_faster_than_light() -> None:
 def test_the_real_encoder_is_measured_through_the_real_client() -> None:
     texts = [q.text for questions in read_corpus(load_scenario("flash-sale").scenario).values() for q in questions]
     found = measure_encoder(texts, share_cores(0)[0], rounds=1)
-    assert found.digest == encoder_digest()
+    assert found.digest == digest_of(find_folder())
     sizes = {size: [b.ns for b in found.batches if b.texts == size] for size in range(1, found.max_batch + 1)}
     assert all(len(taken) <= 2 for taken in sizes.values()) and len(found.batches) >= 12
     cost, quality = fit_encoder(found)

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.events import DropVector, FindSimilar, Similar, StoreVector
 from engine.ledger.journal import open_journal
 from engine.model.blockhash import Hasher
+from engine.model.encoder_folder import digest_of, find_folder
 from engine.model.index import VectorIndex
 from engine.scenario import data_path, load
 from engine.units import S_NS
@@ -24,7 +25,7 @@ from sim import sale
 from sim.twin.cost import load as load_calibration
 from sim.twin.driver import Lags
 from sim.twin.system import TwinSystem
-from sim.twin.vectors import encoder_digest, semantic_classes, vectors_of
+from sim.twin.vectors import semantic_classes, vectors_of
 from sim.twin.workload import Request
 from tests.equivalence.test_virtual_time import COST, DIMS, ENCODER, TENANTS, scenario, vectors, workload
 
@@ -59,11 +60,11 @@ def test_what_is_known_is_not_computed_again(kept: Path) -> None:
 
 
 def test_files_are_by_weights_and_whole(kept: Path) -> None:
-    assert [path.name for path in kept.iterdir()] == [f"{encoder_digest()}.npz"]
+    assert [path.name for path in kept.iterdir()] == [f"{digest_of(find_folder())}.npz"]
 
 
 def test_new_texts_are_added_and_a_damaged_file_is_made_again(kept: Path, tmp_path: Path) -> None:
-    path = tmp_path / f"{encoder_digest()}.npz"
+    path = tmp_path / f"{digest_of(find_folder())}.npz"
     path.write_bytes((kept / path.name).read_bytes()[:-100])
     told: list[tuple[int, int]] = []
     first = vectors_of([QUESTION], lambda *at: told.append(at), tmp_path)

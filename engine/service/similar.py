@@ -1,0 +1,90 @@
+"""What a gateway's driver does about similar questions: look them up, keep their vectors, find them from then on.
+
+Live and twin alike; only the way to the encoder differs, and the clock behind it. Decides nothing: which questions are
+kept, and which neighbour will do, is the machine's to say.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from engine.events import DropVector, FindSimilar, Neighbour, Similar, StoreVector
+from engine.model.index import VectorIndex
+from engine.units import S_NS
+
+Word = Literal["ok", "late", "failed", "unfit"]  # unfit: too long to have a vector
+Done = Callable[[np.ndarray | None, Word], None]
+Encode = Callable[[bytes, int, Done], Any]
+"""``(text_key, within_ns, done)``: calls ``done`` once, perhaps before it returns; what it returns is for cancel."""
+
+FRESH = 4096  # far more than questions can be under way
+STORE_WITHIN_NS = 30 * S_NS  # an answered question whose vector was late is encoded once more, without hurry
+
+
+class SimilarQuestions:
+    """Owned by one driver. ``tell`` gets a ``Similar`` for each ``FindSimilar``, unless ``forget`` comes before."""
+
+    def __init__(
+        self, encode: Encode | None, cancel: Callable[[Any], None], within_ns: int, tell: Callable[[Similar], None],
+        dims: int,
+    ) -> None:
+        """``within_ns``: for encoding, on whatever clock ``encode`` has. Without ``encode`` nothing is similar."""
+        self._encode, self._cancel, self._within_ns, self._tell = encode, cancel, within_ns, tell
+        self._index = VectorIndex(dims)
+        self._fresh: OrderedDict[bytes, np.ndarray] = OrderedDict()  # vectors just made, until their answer is there
+        self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
+        self._looks: dict[int, Any] = {}  # rid -> its wait for the encoder
+
+    def carry_out(self, action: FindSimilar | StoreVector | DropVector) -> None:
+        """One of the machine's three wishes."""
+        match action:
+            case FindSimilar():
+                self._look(action)
+            case StoreVector():
+                self._store(action.hard_key, action.text_key)
+            case DropVector():
+                self._awaited.discard((action.hard_key, action.text_key))
+                self._index.remove(action.hard_key, action.text_key)
+
+    def forget(self, rid: int) -> None:
+        """It has its answer, or is gone: nobody waits for the encoder any more. Unknown ids are no-ops."""
+        if (call := self._looks.pop(rid, None)) is not None:
+            self._cancel(call)
+
+    def _look(self, ask: FindSimilar) -> None:
+        if self._encode is None:
+            self._tell(Similar(ask.rid, status="unfit"))
+            return
+        call = self._encode(ask.text_key, self._within_ns, lambda vector, word: self._found(ask, vector, word))
+        if call is not None:
+            self._looks[ask.rid] = call
+
+    def _found(self, ask: FindSimilar, vector: np.ndarray | None, word: Word) -> None:
+        self._looks.pop(ask.rid, None)
+        if vector is None:
+            self._tell(Similar(ask.rid, status=word))
+            return
+        self._fresh[ask.text_key] = vector
+        self._fresh.move_to_end(ask.text_key)
+        if len(self._fresh) > FRESH:
+            self._fresh.popitem(last=False)
+        near = self._index.search(ask.hard_key, vector, ask.at_most)
+        self._tell(Similar(ask.rid, tuple(Neighbour(key, cosine) for key, cosine in near)))
+
+    def _store(self, hard_key: bytes, text_key: bytes) -> None:
+        """Into the index; a vector that was late is asked for again, and may take its time."""
+        if (vector := self._fresh.get(text_key)) is not None:
+            self._index.add(hard_key, text_key, vector)
+        elif self._encode is not None:
+            self._awaited.add((hard_key, text_key))
+            self._encode(text_key, STORE_WITHIN_NS, lambda vector, _: self._store_late(hard_key, text_key, vector))
+
+    def _store_late(self, hard_key: bytes, text_key: bytes, vector: np.ndarray | None) -> None:
+        if (hard_key, text_key) in self._awaited:
+            self._awaited.discard((hard_key, text_key))
+            if vector is not None:
+                self._index.add(hard_key, text_key, vector)
