@@ -78,7 +78,7 @@ def test_new_texts_are_added_and_a_damaged_file_is_made_again(kept: Path, tmp_pa
 
 
 def test_no_text_asks_for_no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.twin.vectors.PACKAGE", "no_such_package")
+    monkeypatch.setattr("engine.model.encoder_folder.PACKAGE", "no_such_package")
     assert vectors_of([]) == {}
     with pytest.raises(UserError, match="the encoder's model is not installed") as caught:
         vectors_of([QUESTION])
