@@ -45,7 +45,10 @@ def find(name: str) -> Path:
     bundled = data_path("scenarios", f"{given.name.removesuffix('.toml')}.toml")
     if given.parent == Path(".") and bundled.is_file():
         return bundled
-    raise ScenarioError(f"no scenario {name!r}", fix=f"name a file, or one of: {', '.join(known)}{_near(name, known)}")
+    raise ScenarioError(
+        f"no scenario {name!r}", where=str(data_path("scenarios")), why="neither a file nor the name of one there",
+        fix=f"name a file, or one of: {', '.join(known)}{_near(name, known)}",
+    )
 
 
 def load(name: str, sets: tuple[str, ...] = ()) -> Resolved:

@@ -19,7 +19,7 @@ from sim.desk.summary import Summary, verdict
 def report_again(folder: Path) -> Path:
     """A demo's folder holds its twin's below it; both are shown. The old report goes only when the new one is whole."""
     if not folder.is_dir():
-        raise UserError("no such run folder", where=str(folder), fix="ls runs")
+        raise UserError("no such run folder", str(folder), "there is no folder of that name", "ls runs")
     live, twin = view_of(folder), view_of(folder / "twin") if (folder / "twin").is_dir() else None
     judged = verdict(live.frame, live.levels, live.scenario) if twin is not None else None
     tables = extra_tables(live, twin, replay_again(folder)) if twin is not None else {}

@@ -82,7 +82,7 @@ def compare_cli(
 def read(folder: Path) -> Found:
     """A run, or the twin inside a demo. Raises UserError."""
     if not folder.is_dir():
-        raise UserError("no such run", where=str(folder), fix="ls runs")
+        raise UserError("no such run", str(folder), "there is no folder of that name", "ls runs")
     run = read_run(folder)
     path = folder / "summary.json"
     try:

@@ -10,21 +10,21 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: #fff; color: #1a1a1a;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-.kicker { margin: 0; color: #555; font-size: .9rem; overflow-wrap: anywhere; }
-h1 { margin: .2rem 0 1rem; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+.kicker { margin: 0; color: #555; font-size: .9rem; overflow-wrap: break-word; }
+h1 { margin: .2rem 0 1rem; font-size: 1.6rem; line-height: 1.25; overflow-wrap: break-word; }
 h1 .mark { display: inline-block; margin-right: .5rem; padding: .1rem .6rem; border-radius: .3rem; color: #fff;
   font-size: 1rem; vertical-align: .2rem; }
 .yes .mark { background: #117733; } .no .mark { background: #b3261e; }
 h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 ul.seen { margin: 0; padding: 0; list-style: none; }
-ul.seen li { display: flex; gap: .6rem; margin: .2rem 0; overflow-wrap: anywhere; }
+ul.seen li { display: flex; gap: .6rem; margin: .2rem 0; overflow-wrap: break-word; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .4rem 1.5rem;
   margin: 0; padding: .8rem 1rem; background: #f6f6f4; border-radius: .4rem; font-size: .9rem; }
-dl div { display: flex; gap: .6rem; } dt { min-width: 6.5rem; color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
+dl div { display: flex; gap: .6rem } dt { min-width: 6.5rem; color: #555; } dd { margin: 0; overflow-wrap: break-word; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .12rem .6rem; text-align: right; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; overflow-wrap: break-word; }
 tbody th { text-align: left; font-weight: 400; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 tr.section th { padding-top: .9rem; font-weight: 700; }

@@ -217,7 +217,8 @@ def save(calibration: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Read any calibration; CalibrationError says what is wrong with the file."""
     if not path.is_file():
-        raise CalibrationError("not measured on this machine yet", str(path), fix="doorbuster calibrate    (a minute)")
+        why = "the twin's clock runs on what a step costs here"
+        raise CalibrationError("not measured on this machine yet", str(path), why, "doorbuster calibrate    (a minute)")
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except msgspec.DecodeError as error:

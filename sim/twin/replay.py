@@ -103,5 +103,6 @@ def journals_of(path: Path) -> list[Path]:
         return [path]
     found = [*sorted(path.glob("journal/*.ndjson")), *sorted(path.glob("twin/journal/*.ndjson"))]
     if not found:
-        raise JournalError("no journal here", where=str(path), fix="give a run folder, or a file of its journal/")
+        why = "there is no such file or folder" if not path.exists() else "it has no journal/*.ndjson"
+        raise JournalError("no journal here", str(path), why, "give a run folder, or a file of its journal/")
     return found
