@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from engine.model.native import Kernels
+
 POISON = 1e30  # huge but finite: it shows in a sum, and a masked zero times it is still zero
 
 
@@ -27,7 +29,13 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        native: Kernels | None = None,
+        deterministic: bool = False,
+        softcap: bool = False,
     ) -> None:
+        self.native = native  # kernels that attend on these pages, where there are any for them
+        self.deterministic = deterministic  # on CUDA: a row's result never depends on its neighbours
+        self.softcap = softcap  # some layer has one: not every kernel does
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         shape = (num_blocks, block_tokens, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]

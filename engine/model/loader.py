@@ -1,25 +1,34 @@
 """From a model folder to a model that runs on paged attention, or a refusal that names what cannot be honoured.
 
 Any transformers causal LM that follows the attention interface will do; a short paged forward at load proves that
-every layer attends through us. On a CPU in fp32 the linears are packed. Knows nothing of requests, blocks or steps.
+every layer attends through us. On a CPU in fp32 the linears are packed and layers fused, if the logits stay the same.
+Knows nothing of requests, blocks or steps.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from engine.errors import UserError
-from engine.model import attention
+from engine.model import attention, varlen
 from engine.model.attention import Span
 from engine.model.folder import ModelFolder, cache_dir, prepare
+from engine.model.fused import fuse
 from engine.model.kvcache import KVPool
+from engine.model.native import HEAD_DIMS, Kernels, kernels
 from engine.model.packing import pack
 from engine.model.smalllm import small_model
+
+log = logging.getLogger(__name__)
+
+SAME = 1e-3  # of the largest logit: other orders of sums give 1e-4 at most, a wrong layer more than 1e-1
 
 __all__ = ["LoadedModel", "ModelFolder", "cache_dir", "load", "load_plain", "prepare"]
 
@@ -38,34 +47,63 @@ class LoadedModel:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    max_context: int  # tokens; a sliding window is honoured by serving no context longer than it
-    packed: int  # linears
+    max_context: int  # tokens
+    softcap: bool
+    native: Kernels | None  # that attend on its pools
+    deterministic: bool = False  # on CUDA: neighbours never change the last bits of a row
 
     def pool(self, num_blocks: int, block_tokens: int) -> KVPool:
-        """A KV pool in this model's shape."""
+        """A KV pool in this model's shape; UserError where the device's kernel takes no such pages."""
         shape = (self.num_kv_heads, self.head_dim)
-        return KVPool(self.num_layers, num_blocks, block_tokens, *shape, self.dtype, self.device)
+        size = (self.num_layers, num_blocks, block_tokens, *shape)
+        pool = KVPool(*size, self.dtype, self.device, self.native, self.deterministic, self.softcap)
+        why = varlen.refusal(pool)
+        if why is not None:
+            raise UserError(
+                f"the CUDA attention kernel takes no pages of {block_tokens} tokens", "prefix.block_tokens", why,
+                f"--set prefix.block_tokens={varlen.BLOCK_TOKENS}",
+            )
+        return pool
 
 
-def load(folder: ModelFolder, device: str = "cpu", dtype: str = "auto", threads: int = 1) -> LoadedModel:
-    """Load for serving. ``device``: cpu, cuda or auto; ``dtype``: a torch name, auto = fp32 on a CPU, bf16 on CUDA."""
+def load(
+    folder: ModelFolder, device: str = "cpu", dtype: str = "auto", threads: int = 1, native: bool = True
+) -> LoadedModel:
+    """Load for serving. ``device``: cpu, cuda or auto; ``dtype``: a torch name, auto = fp32 on a CPU, bf16 on CUDA.
+
+    ``native``: with the compiled kernels where they can be had (fp32 on a CPU).
+    """
     torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    model = _read(folder, getattr(torch, dtype))
-    config = model.config.get_text_config()
+    model = _read(folder, getattr(torch, dtype)).to(device)
+    loaded, logits = _paged(folder, model)
+    if device == "cpu":
+        made = kernels() if native and dtype == "float32" else None
+        if made is not None:
+            fuse(model, made)
+        pack(model)
+        packed, again = _paged(folder, model, made)
+        if (logits - again).abs().max() <= SAME * logits.abs().max():
+            return packed
+        log.warning("%s gives other numbers with packed and fused layers: it runs without them", folder.name)
+        loaded, _ = _paged(folder, _read(folder, getattr(torch, dtype)))
+    return loaded
+
+
+def _paged(folder: ModelFolder, model: Any, made: Kernels | None = None) -> tuple[LoadedModel, Tensor]:
+    """Ready to serve, and the probe's logits; UserError when it cannot be served."""
     why = refusal(model)
     if why is None:
-        packed = pack(model) if device == "cpu" else 0
-        model.to(device)
         model.set_attn_implementation(attention.NAME)
-        loaded = _describe(folder, model, config, packed)
-        why = _probe(loaded)
-    if why is not None:
-        raise UserError(f"the model {folder.name} cannot be served", str(folder.path or ""), why)
-    return loaded
+        loaded = _describe(folder, model, made)
+        found = _probe(loaded)
+        if isinstance(found, Tensor):
+            return loaded, found
+        why = found
+    raise UserError(f"the model {folder.name} cannot be served", str(folder.path or ""), why)
 
 
 def load_plain(folder: ModelFolder, dtype: str = "float32", attn: str = "sdpa") -> PreTrainedModel:
@@ -81,8 +119,6 @@ def refusal(model: Any) -> str | None:
     config = model.config.get_text_config()
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         return "it has cross attention"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention logits are soft-capped"
     if getattr(config, "kv_lora_rank", None):
         return "its attention is latent (MLA)"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -98,7 +134,7 @@ def refusal(model: Any) -> str | None:
 def _read(folder: ModelFolder, dtype: torch.dtype) -> Any:  # transformers' own types are too loose to say more
     if folder.path is None:
         return cast(Any, small_model()).to(dtype)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, local_files_only=True)
         return model.eval()
@@ -106,11 +142,12 @@ def _read(folder: ModelFolder, dtype: torch.dtype) -> Any:  # transformers' own 
         raise UserError("transformers cannot load the model", str(folder.path), str(error)) from error
 
 
-def _describe(folder: ModelFolder, model: PreTrainedModel, config: Any, packed: int) -> LoadedModel:
+def _describe(folder: ModelFolder, model: PreTrainedModel, made: Kernels | None) -> LoadedModel:
+    config = model.config.get_text_config()
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     heads = config.num_attention_heads
     parameter = next(model.parameters())
-    context = config.max_position_embeddings
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LoadedModel(
         model=model,
         name=folder.name,
@@ -120,27 +157,28 @@ def _describe(folder: ModelFolder, model: PreTrainedModel, config: Any, packed: 
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         num_layers=config.num_hidden_layers,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
-        max_context=min(context, getattr(config, "sliding_window", None) or context),
-        packed=packed,
+        max_context=config.max_position_embeddings,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        native=made if head_dim in HEAD_DIMS else None,
     )
 
 
-def _probe(loaded: LoadedModel) -> str | None:
-    """Three tokens at once, then one more on top: both kinds of row, through every layer."""
-    pool = loaded.pool(1, 4)
+def _probe(loaded: LoadedModel) -> Tensor | str:
+    """Three tokens at once, then one more on top: both kinds of row, through every layer. Logits, or what is wrong."""
+    pool = loaded.pool(1, varlen.BLOCK_TOKENS if loaded.device.type == "cuda" else 4)
     try:
         with torch.inference_mode():
             for past, ids in ((0, [1, 2, 3]), (3, [4])):
                 paged = attention.plan(pool, [Span(len(ids), past, [0])])
                 positions = torch.arange(past, past + len(ids), device=loaded.device)[None]
                 tokens = torch.tensor([ids], device=loaded.device)
-                logits = loaded.model(
+                logits: Tensor = loaded.model(
                     input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, paged=paged
                 ).logits
                 if paged.calls != loaded.num_layers:
                     return f"only {paged.calls} of its {loaded.num_layers} layers attend through the interface"
     except Exception as error:  # whatever a foreign model does with a keyword that it was not written for
         return f"{type(error).__name__}: {error}"
-    return None if logits.isfinite().all() else "its logits are not finite"
+    return logits if logits.isfinite().all() else "its logits are not finite"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepFailed, StepShape
-from engine.model import attention
+from engine.model import attention, gathered
 from engine.model.loader import LoadedModel
 from engine.model.stepping import SamplingParams
 from tests.model.hand import BLOCK, BLOCKS, Hand, hand_on, prompt_of
@@ -32,7 +32,7 @@ def test_rows_of_very_different_length_decode_together(hand: Hand, reference) ->
     lengths = (3, 200, 20, 330)  # more than one length bucket
     for sid, length in enumerate(lengths):
         hand.whole(sid, prompt_of(sid, length), N)
-    assert (330 - 3) // BLOCK > attention.BUCKET_BLOCKS
+    assert (330 - 3) // BLOCK > gathered.BUCKET_BLOCKS
     hand.finish(*range(4))
     assert hand.out == {sid: reference(prompt_of(sid, n), N) for sid, n in enumerate(lengths)}
 
@@ -268,7 +268,7 @@ def test_a_forward_that_raises_is_a_failed_step_and_the_runner_lives_on(hand: Ha
     table = hand.take(20 + N)
     step = RunStep(0, StepShape(), start=(SeqStart(0, 0, table),), chunks=(Chunk(0, 20),))
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_attend_gathered", lambda *a: 1 / 0)
+        patch.setattr(attention.Paged, "attend", lambda *a: 1 / 0)
         result = hand.runner.run(step, lambda: False)
     assert isinstance(result.done, StepFailed) and "ZeroDivisionError" in result.done.why and result.tokens == []
     hand.step([SeqStart(0, 0, table)], [(0, 20)], stop=[0])

@@ -18,7 +18,7 @@ from engine.model.tokenizer import Tokenizer, load_tokenizer
 from tests.model.through_replica import Request, config, differences, through_replica
 
 pytestmark = pytest.mark.slow
-COUNT, OUTPUT = 50, 20
+COUNT, OUTPUT = 200, 20
 
 
 @pytest.fixture(scope="module")
