@@ -183,6 +183,8 @@ class ModelConfig(Section):
     name: str = "smollm2"  # smollm2 | tiny | fake | a hub name | a folder
     context_tokens: Positive = 1024
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto = float32 on a CPU, bfloat16 on CUDA
+    native: bool = True  # CPU kernels of our own, where there is a C++ compiler
     threads: NonNegative = 0  # torch threads of one replica; 0 = one core left for everything else
     fake_speed: Speed = 1.0  # fake only: times the calibrated speed; inf = at once
     fake_answers: str = ""  # fake only: CSV prompt,answer_id,answer

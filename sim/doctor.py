@@ -7,12 +7,14 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 
 from engine.errors import CalibrationError, UserError
+from engine.model import compiling
 from engine.model.folder import cache_dir, prepare
 from engine.scenario import data_path, load
 from engine.service.replicas import share_cores
@@ -32,8 +34,8 @@ class Check(msgspec.Struct, frozen=True):
 
 def examine(scenario_name: str = "flash-sale") -> list[Check]:
     """All checks, cheap ones first; nothing is changed but the model cache, which is filled on first use."""
-    checks = (_python, _packages, _cores, _memory, _disk, _corpora, lambda: _scenario(scenario_name), _model, _faiss,
-              _port, lambda: _calibration(scenario_name))
+    checks = (_python, _packages, _cores, _memory, _disk, _corpora, lambda: _scenario(scenario_name), _model, _kernels,
+              _faiss, _port, lambda: _calibration(scenario_name))
     return [_guarded(check) for check in checks]
 
 
@@ -99,6 +101,15 @@ def _scenario(name: str) -> Check:
 def _model() -> Check:
     folder = prepare("smollm2", lambda line: None)
     return Check("model", True, f"smollm2 ({folder.digest}) in {folder.path}")
+
+
+def _kernels() -> Check:
+    try:
+        made = compiling.library()
+    except (OSError, subprocess.SubprocessError) as error:
+        fix = "apt install g++" if compiling.compiler() is None else "CXX=... names another compiler"
+        return Check("kernels", None, f"{error}: torch alone computes, decode is up to twice as slow", fix)
+    return Check("kernels", True, f"compiled with {compiling.compiler()} into {made}")
 
 
 def _faiss() -> Check:

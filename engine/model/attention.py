@@ -34,7 +34,7 @@ class Paged:
 
     pool: KVPool
     slots: Tensor  # [T] where each token's K and V go
-    ways: list[Way]  # each attends for its own rows of the flat batch
+    way: Way
     calls: int = 0  # layers that attended: the loader refuses a model that passes some by
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -46,8 +46,7 @@ class Paged:
         """Over what is written: query and result ``[T, heads, dim]``."""
         self.calls += 1
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        for way in self.ways:
-            way.attend(self.pool, layer, query, out, flavour)
+        self.way.attend(self.pool, layer, query, out, flavour)
         return out
 
 
@@ -58,17 +57,14 @@ def plan(pool: KVPool, spans: list[Span]) -> Paged:
         if span.keys > len(span.table) * pool.block_tokens:
             raise ValueError(f"{span.keys} tokens do not fit the {len(span.table)} blocks of their table")
         slots += span.slots(pool.block_tokens)
-    paged = Paged(pool, torch.tensor(slots, dtype=torch.long, device=pool.device), [])
+    way: Way
     if varlen.suits(pool):
-        paged.ways = [varlen.plan(pool, spans)]
+        way = varlen.plan(pool, spans)
     elif pool.native is not None:
-        short = native_rows.plan(pool, spans)
-        long = gathered.plan(pool, spans, native_rows.is_long)
-        paged.ways = [way for way in (short, long) if way is not None]
+        way = native_rows.plan(pool, spans)
     else:
-        rest = gathered.plan(pool, spans)
-        paged.ways = [rest] if rest is not None else []
-    return paged
+        way = gathered.plan(pool, spans)
+    return Paged(pool, torch.tensor(slots, dtype=torch.long, device=pool.device), way)
 
 
 def paged_attention(

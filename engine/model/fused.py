@@ -26,7 +26,7 @@ GATE_LANES = 16  # of the native gate
 class FusedLayer(nn.Module):
     """Stands in for one decoder layer; called as transformers calls it, with ``paged`` among the keywords."""
 
-    def __init__(self, layer: Any, kernels: Kernels) -> None:
+    def __init__(self, layer: Any, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self._kernels = kernels
@@ -35,10 +35,10 @@ class FusedLayer(nn.Module):
         self._kv_width = attention.k_proj.out_features
         self._flavour = Flavour(attention.scaling, _window(attention))
         self._rotates = bool(getattr(attention, "use_rope", True))
-        self.qkv = PackedLinear(_stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
-        self.o_proj = PackedLinear(attention.o_proj)
-        self.gate_up = PackedLinear(_stacked([mlp.gate_proj, mlp.up_proj]))
-        self.down_proj = PackedLinear(mlp.down_proj)
+        self.qkv = PackedLinear(_stacked([attention.q_proj, attention.k_proj, attention.v_proj]), dtype)
+        self.o_proj = PackedLinear(attention.o_proj, dtype)
+        self.gate_up = PackedLinear(_stacked([mlp.gate_proj, mlp.up_proj]), dtype)
+        self.down_proj = PackedLinear(mlp.down_proj, dtype)
         self.norm_in, self.norm_mid = layer.input_layernorm, layer.post_attention_layernorm
         self._head_norms: tuple[Tensor, Tensor] | None = None
         self._head_eps = 0.0
@@ -68,8 +68,8 @@ class FusedLayer(nn.Module):
         return hidden_states
 
 
-def fuse(model: Any, kernels: Kernels) -> int:
-    """Replace every layer that can be in place; how many. The model is fp32 and on the CPU."""
+def fuse(model: Any, kernels: Kernels, dtype: torch.dtype = torch.float32) -> int:
+    """Replace every layer that can be in place; how many. The model is fp32 and on the CPU; products in ``dtype``."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
         return 0
@@ -77,7 +77,7 @@ def fuse(model: Any, kernels: Kernels) -> int:
     with torch.inference_mode():
         for number, layer in enumerate(layers):
             if _suits(layer):
-                layers[number] = FusedLayer(layer, kernels)
+                layers[number] = FusedLayer(layer, kernels, dtype)
                 count += 1
     return count
 

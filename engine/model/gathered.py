@@ -1,4 +1,4 @@
-"""Attention by gathered blocks and SDPA: any device, any type, any page size; long prompt chunks on a CPU.
+"""Attention by gathered blocks and SDPA: any device, any type, any page size.
 
 Decode rows of like length are attended to in one padded batch, the GQA group on the query axis, so that K is read once
 for it; prompt chunks go one by one. Pads must be blocks of the row itself: another's nan would pass the mask.
@@ -6,7 +6,6 @@ for it; prompt chunks go one by one. Pads must be blocks of the row itself: anot
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +67,7 @@ class Gathered:
     prefills: list[_Prefill]
 
     def attend(self, pool: KVPool, layer: int, query: Tensor, out: Tensor, flavour: Flavour) -> None:
-        """Query ``[T, heads, dim]`` to ``out`` likewise, at its rows."""
+        """Query ``[T, heads, dim]`` to ``out`` likewise."""
         tokens, heads, dim = query.shape
         kv_heads = pool.keys[layer].shape[2]
         q = query.view(tokens, kv_heads, heads // kv_heads, dim)
@@ -98,18 +97,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flavour: Flavour
     return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-def plan(pool: KVPool, spans: list[Span], wanted: Callable[[Span], bool] = lambda span: True) -> Gathered | None:
-    """The rows of the spans that are wanted."""
+def plan(pool: KVPool, spans: list[Span]) -> Gathered:
+    """All rows of the spans."""
     singles: list[tuple[int, int, Span]] = []
     prefills: list[_Prefill] = []
     row = 0
     for span in spans:
-        if wanted(span):
-            width = -(-span.keys // pool.block_tokens)
-            if span.length == 1:
-                singles.append((width, row, span))
-            else:
-                prefills.append(_Prefill(row, span, torch.tensor(span.table[:width], device=pool.device)))
+        width = -(-span.keys // pool.block_tokens)
+        if span.length == 1:
+            singles.append((width, row, span))
+        else:
+            prefills.append(_Prefill(row, span, torch.tensor(span.table[:width], device=pool.device)))
         row += span.length
     singles.sort(key=lambda single: single[:2])
     decodes: list[_Decodes] = []
@@ -118,7 +116,7 @@ def plan(pool: KVPool, spans: list[Span], wanted: Callable[[Span], bool] = lambd
         bucket = [single for single in singles if single[0] < limit]
         del singles[: len(bucket)]
         decodes.append(_bucket(pool, bucket))
-    return Gathered(decodes, prefills) if decodes or prefills else None
+    return Gathered(decodes, prefills)
 
 
 def _bucket(pool: KVPool, bucket: list[tuple[int, int, Span]]) -> _Decodes:

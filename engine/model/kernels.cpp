@@ -159,10 +159,10 @@ inline void rotate(float *x, const float *cosine, const float *sine, int dim) {
 
 extern "C" {
 
-// Attention of n query tokens, each over tokens [last - window, last) of its own table; 0 = no window, no soft-cap.
-// Query of head h of token r at q[r * q_row + h * q_head]; out is [tokens, heads, dim]; pages [block, token, head, dim].
+// Attention of n rows, each a query token over tokens [last - window, last) of its own table; 0 = no window, no soft-cap.
+// Query of head h of row r at q[r * q_row + h * q_head]; out is [rows, heads, dim]; pages [block, token, head, dim].
 // tables[i] is where row i's table begins in table. Returns 1 for a head size that it was not made for.
-int attend(const float *q, long q_row, long q_head, float *out, const float *keys, const float *values, const int64_t *rows,
+int attend(const float *q, long q_row, long q_head, float *out, const float *keys, const float *values,
            const int32_t *last, const int64_t *tables, const int32_t *table, long n, int block_tokens, int kv_heads,
            int group, int dim, int window, float scale, float softcap, int threads) {
   if (dim % LANES || dim > 256 || group * dim > 8192) return 1;
@@ -170,11 +170,11 @@ int attend(const float *q, long q_row, long q_head, float *out, const float *key
   if (width != 1 && width != 2 && width != 4 && width != 5 && width != 6 && width != 8 && width != 16) return 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
   for (long i = 0; i < n * kv_heads; i++) {
-    const long r = i / kv_heads, h = i % kv_heads, row = rows[r];
+    const long r = i / kv_heads, h = i % kv_heads;
     float query[8192];
     for (int g = 0; g < group; g++)
-      memcpy(query + g * dim, q + row * q_row + (h * group + g) * q_head, dim * sizeof(float));
-    float *to = out + (row * kv_heads + h) * group * dim;
+      memcpy(query + g * dim, q + r * q_row + (h * group + g) * q_head, dim * sizeof(float));
+    float *to = out + (r * kv_heads + h) * group * dim;
     const int first = window > 0 && last[r] > window ? last[r] - window : 0;
     const Pages p{keys + h * dim,  values + h * dim, table + tables[r], (long)kv_heads * dim, block_tokens,
                   first,           last[r],          scale,             softcap};

@@ -23,12 +23,14 @@ from engine.model.folder import ModelFolder, cache_dir, prepare
 from engine.model.fused import fuse
 from engine.model.kvcache import KVPool
 from engine.model.native import HEAD_DIMS, Kernels, kernels
-from engine.model.packing import pack
+from engine.model.packing import multiplies_bfloat16, pack
 from engine.model.smalllm import small_model
 
 log = logging.getLogger(__name__)
 
-SAME = 1e-3  # of the largest logit: other orders of sums give 1e-4 at most, a wrong layer more than 1e-1
+# Deviation of the probe's logits, in their own standard deviations: other orders of sums give 1e-4, rounded weights
+# 0.12 (SmolLM2, whose first tokens have outliers; its perplexity rises by 0.02 %), a layer that is wrong 1 and more.
+SAME = {torch.float32: 1e-2, torch.bfloat16: 0.3}
 
 __all__ = ["LoadedModel", "ModelFolder", "cache_dir", "load", "load_plain", "prepare"]
 
@@ -41,7 +43,8 @@ class LoadedModel:
     name: str
     digest: str
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of activations and KV
+    linears: torch.dtype
     eos_ids: tuple[int, ...]
     num_layers: int
     num_kv_heads: int
@@ -69,36 +72,44 @@ class LoadedModel:
 def load(
     folder: ModelFolder, device: str = "cpu", dtype: str = "auto", threads: int = 1, native: bool = True
 ) -> LoadedModel:
-    """Load for serving. ``device``: cpu, cuda or auto; ``dtype``: a torch name, auto = fp32 on a CPU, bf16 on CUDA.
+    """Load for serving. ``device``: cpu, cuda or auto; ``dtype``: float32, bfloat16 or auto.
 
-    ``native``: with the compiled kernels where they can be had (fp32 on a CPU).
+    auto is bfloat16 on CUDA and float32 on a CPU, where bfloat16 is for the linears alone and a choice: twice as fast
+    on processors that have it, but the last bits then depend on how many rows a step has. ``native``: with the compiled
+    kernels where they can be had.
     """
     torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    model = _read(folder, getattr(torch, dtype)).to(device)
-    loaded, logits = _paged(folder, model)
-    if device == "cpu":
-        made = kernels() if native and dtype == "float32" else None
-        if made is not None:
-            fuse(model, made)
-        pack(model)
-        packed, again = _paged(folder, model, made)
-        if (logits - again).abs().max() <= SAME * logits.abs().max():
-            return packed
-        log.warning("%s gives other numbers with packed and fused layers: it runs without them", folder.name)
-        loaded, _ = _paged(folder, _read(folder, getattr(torch, dtype)))
-    return loaded
+    if device == "cuda":
+        return _paged(folder, _read(folder, torch.float32 if dtype == "float32" else torch.bfloat16).to(device))[0]
+    linears = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if linears == torch.bfloat16 and not multiplies_bfloat16():
+        raise UserError(
+            "this processor cannot multiply in bfloat16", "model.dtype", "emulated, it takes 20 times longer",
+            "--set model.dtype=float32",
+        )
+    model = _read(folder)
+    _, logits = _paged(folder, model)
+    made = kernels() if native else None
+    if made is not None:
+        fuse(model, made, linears)
+    pack(model, linears)
+    packed, again = _paged(folder, model, made, linears)
+    if (logits - again).std() <= SAME[linears] * logits.std():
+        return packed
+    log.warning("%s gives other numbers with packed and fused layers: it runs without them", folder.name)
+    return _paged(folder, _read(folder))[0]
 
 
-def _paged(folder: ModelFolder, model: Any, made: Kernels | None = None) -> tuple[LoadedModel, Tensor]:
+def _paged(
+    folder: ModelFolder, model: Any, made: Kernels | None = None, linears: torch.dtype | None = None
+) -> tuple[LoadedModel, Tensor]:
     """Ready to serve, and the probe's logits; UserError when it cannot be served."""
     why = refusal(model)
     if why is None:
         model.set_attn_implementation(attention.NAME)
-        loaded = _describe(folder, model, made)
+        loaded = _describe(folder, model, made, linears)
         found = _probe(loaded)
         if isinstance(found, Tensor):
             return loaded, found
@@ -131,7 +142,8 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def _read(folder: ModelFolder, dtype: torch.dtype) -> Any:  # transformers' own types are too loose to say more
+def _read(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> Any:
+    # Any, because transformers' own types are too loose to say more
     if folder.path is None:
         return cast(Any, small_model()).to(dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -142,7 +154,9 @@ def _read(folder: ModelFolder, dtype: torch.dtype) -> Any:  # transformers' own 
         raise UserError("transformers cannot load the model", str(folder.path), str(error)) from error
 
 
-def _describe(folder: ModelFolder, model: PreTrainedModel, made: Kernels | None) -> LoadedModel:
+def _describe(
+    folder: ModelFolder, model: PreTrainedModel, made: Kernels | None, linears: torch.dtype | None
+) -> LoadedModel:
     config = model.config.get_text_config()
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     heads = config.num_attention_heads
@@ -154,6 +168,7 @@ def _describe(folder: ModelFolder, model: PreTrainedModel, made: Kernels | None)
         digest=folder.digest,
         device=parameter.device,
         dtype=parameter.dtype,
+        linears=linears or parameter.dtype,
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         num_layers=config.num_hidden_layers,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,

@@ -1,35 +1,24 @@
-"""``kernels.cpp`` compiled once for this very processor, and its four functions on tensors.
+"""The four functions of ``kernels.cpp`` on tensors.
 
-A shared library in the cache folder, named by a digest of the source, the compiler and the processor. Where there is no
-C++ compiler, or the library gives another result than torch, ``kernels`` is None and the callers keep to torch: slower,
-same tokens but for the last bits. fp32 tensors on the CPU only; a call lets go of Python's lock.
+Where there is no C++ compiler, or the library gives another result than torch, ``kernels`` is None and the callers keep
+to torch: slower, same tokens but for the last bits. fp32 tensors on the CPU only; a call lets go of Python's lock.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.folder import cache_dir
+from engine.model import compiling
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-# no errno and no traps from single numbers, so that loops may be vectorised; nan and the order of sums stay as written
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-COMPILERS = ("c++", "g++", "clang++")
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 SMALL = 1024  # key vectors of a head: below this, waking a second thread costs more than it saves (measured: 30 us)
 
@@ -41,17 +30,17 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         p, n, i, f = _POINTER, _LONG, _INT, _FLOAT
-        library.attend.argtypes = [p, n, n, p, p, p, p, p, p, p, n, i, i, i, i, i, f, f, i]
+        library.attend.argtypes = [p, n, n, p, p, p, p, p, p, n, i, i, i, i, i, f, f, i]
         library.add_norm.argtypes = [p, p, p, p, n, n, f, i]
         library.write_kv.argtypes = [p, p, p, p, p, p, p, p, f, n, i, i, i, i]
         library.gate.argtypes = [p, p, n, n, i]
         self._library = library
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, last: Tensor, tables: Tensor, table: Tensor,
+        self, query: Tensor, keys: Tensor, values: Tensor, last: Tensor, tables: Tensor, table: Tensor,
         out: Tensor, scale: float, window: int = 0, softcap: float = 0.0, work: int = SMALL,
     ) -> None:
-        """``query`` [tokens, heads, dim] to ``out`` likewise, for those tokens that ``rows`` [n] names.
+        """``query`` [rows, heads, dim] to ``out`` likewise.
 
         Row i sees tokens [last[i] - window, last[i]) of the table that begins at tables[i]. ``work``: sum of ``last``
         over all rows. ``dim`` is one of HEAD_DIMS.
@@ -59,7 +48,7 @@ class Kernels:
         kv_heads, dim = keys.shape[2:]
         refused = self._library.attend(
             query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            rows.data_ptr(), last.data_ptr(), tables.data_ptr(), table.data_ptr(), rows.shape[0], keys.shape[1],
+            last.data_ptr(), tables.data_ptr(), table.data_ptr(), last.shape[0], keys.shape[1],
             kv_heads, query.shape[1] // kv_heads, dim, window, scale, softcap,
             torch.get_num_threads() if work * kv_heads > SMALL else 1,
         )
@@ -106,7 +95,7 @@ def _threads(rows: int) -> int:
 def kernels() -> Kernels | None:
     """Compiled at the first call of a process, unless the cache has it; None when it cannot be had or trusted."""
     try:
-        made = Kernels(ctypes.CDLL(str(_build())))
+        made = Kernels(ctypes.CDLL(str(compiling.library())))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("no native kernels, decode is up to twice as slow: %s", error)
         return None
@@ -114,35 +103,6 @@ def kernels() -> Kernels | None:
         log.warning("native kernels give another result than torch on this processor: not used")
         return None
     return made
-
-
-def _build() -> Path:
-    """The library for this source, compiler and processor."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise OSError("no C++ compiler (Debian: apt install g++)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    mark = sha256("\0".join((SOURCE.read_text(), version, *FLAGS, _processor())).encode()).hexdigest()[:16]
-    target = cache_dir() / "native" / f"kernels-{mark}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            done = subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=120
-            )
-            if done.returncode:
-                raise OSError(f"{compiler} gave up: {done.stderr.strip()[-300:]}")
-            made.replace(target)  # whole or not at all: replicas start side by side
-    return target
-
-
-def _processor() -> str:
-    """What -march=native may depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kept = dict.fromkeys(line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part")))
-    return "\n".join((platform.machine(), platform.processor(), *kept))
 
 
 def _agrees(made: Kernels) -> bool:
@@ -155,7 +115,7 @@ def _agrees(made: Kernels) -> bool:
     seen = 37
     number = torch.zeros(1, dtype=torch.long)
     last = torch.tensor([seen], dtype=torch.int32)
-    made.attend(query, pages[0], pages[1], number, last, number, table, out, 0.25)
+    made.attend(query, pages[0], pages[1], last, number, table, out, 0.25)
     k, v = (x[table.long()].reshape(-1, 2, 16)[:seen].transpose(0, 1) for x in pages)
     wanted = F.scaled_dot_product_attention(query.view(2, 2, 16), k, v, scale=0.25).reshape(1, 4, 16)
     both = torch.randn(3, 64, generator=draw)

@@ -1,4 +1,8 @@
-"""Decode rows and short prompt chunks through the native kernel: no gather, each row reads its own pages in place."""
+"""All rows through the native kernel: no gather, each query token reads the pages of its own sequence in place.
+
+Prompt chunks too: against SDPA over gathered blocks the kernel took 0 to 15 % less time for whole forwards of 128 to
+512 new tokens after 0 to 3,500 old ones (AMD EPYC with AVX-512, one thread).
+"""
 
 from __future__ import annotations
 
@@ -10,50 +14,34 @@ from torch import Tensor
 from engine.model.kvcache import KVPool
 from engine.model.spans import Flavour, Span
 
-LONG_SPAN = 32  # from this many rows on, matrix products over gathered keys win
-
-
-def is_long(span: Span) -> bool:
-    """Better attended to by ``gathered``?"""
-    return span.length >= LONG_SPAN
-
 
 @dataclass(slots=True)
 class NativeRows:
     """One entry a query token."""
 
-    rows: Tensor  # [n] in the flat batch
-    last: Tensor  # [n] keys that it sees
-    tables: Tensor  # [n] where its table begins in ``table``
+    last: Tensor  # [T] keys that it sees
+    tables: Tensor  # [T] where its table begins in ``table``
     table: Tensor  # block ids of all spans, one after the other
-    work: int
+    work: int  # sum of ``last``
 
     def attend(self, pool: KVPool, layer: int, query: Tensor, out: Tensor, flavour: Flavour) -> None:
-        """Query ``[T, heads, dim]`` to ``out`` likewise, at its rows."""
+        """Query ``[T, heads, dim]`` to ``out`` likewise."""
         assert pool.native is not None, "native rows: planned only where there are kernels"
         pool.native.attend(
-            query, pool.keys[layer], pool.values[layer], self.rows, self.last, self.tables, self.table, out,
+            query, pool.keys[layer], pool.values[layer], self.last, self.tables, self.table, out,
             flavour.scale, flavour.window, flavour.softcap, self.work,
         )
 
 
-def plan(pool: KVPool, spans: list[Span]) -> NativeRows | None:
-    """All rows of the spans that are not long."""
-    rows: list[int] = []
+def plan(pool: KVPool, spans: list[Span]) -> NativeRows:
+    """All rows of the spans."""
     last: list[int] = []
     tables: list[int] = []
     table: list[int] = []
-    row = 0
     for span in spans:
-        if not is_long(span):
-            rows += range(row, row + span.length)
-            last += range(span.past + 1, span.keys + 1)
-            tables += [len(table)] * span.length
-            table += span.table[: -(-span.keys // pool.block_tokens)]
-        row += span.length
-    if not rows:
-        return None
+        last += range(span.past + 1, span.keys + 1)
+        tables += [len(table)] * span.length
+        table += span.table[: -(-span.keys // pool.block_tokens)]
     return NativeRows(
-        torch.tensor(rows), torch.tensor(last, dtype=torch.int32), torch.tensor(tables),
-        torch.tensor(table, dtype=torch.int32), sum(last),
+        torch.tensor(last, dtype=torch.int32), torch.tensor(tables), torch.tensor(table, dtype=torch.int32), sum(last)
     )

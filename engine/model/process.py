@@ -144,7 +144,7 @@ def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
     from engine.model.runner import TorchRunner
 
     folder = prepare(spec.model.name, lambda line: print(line, file=sys.stderr, flush=True))
-    model = load(folder, device=spec.model.device, threads=spec.threads)
+    model = load(folder, spec.model.device, spec.model.dtype, spec.threads, spec.model.native)
     if spec.model.context_tokens > model.max_context:
         raise UserError(
             f"model.context_tokens ({spec.model.context_tokens}) is more than {spec.model.name} can attend to",
@@ -153,7 +153,7 @@ def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
             fix=f"--set model.context_tokens={model.max_context}    (or less)",
         )
     runner = TorchRunner(model, prefix.blocks, prefix.block_tokens, hasher)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.linears).removeprefix("torch.")
     return runner, Ready(spec.model.name, model.digest, str(model.device), dtype, spec.threads)
 
 

@@ -31,7 +31,7 @@ from engine.service.replicas import share_cores
 from engine.service.server import ServeOptions, running, tokenizer_for
 from engine.units import MS_NS, s_to_ns
 from sim.loadgen import play
-from sim.twin.cost import FAKE, FAKE_PACE, Calibration, EncoderFit, fit, fit_encoder, this_machine
+from sim.twin.cost import FAKE, FAKE_PACE, Calibration, EncoderFit, fit, fit_encoder, kernels_of, this_machine
 from sim.twin.driver import Lags
 from sim.twin.encoder import EncoderCost
 from sim.twin.measure import Measured, MeasureSpec, TracePart
@@ -64,7 +64,9 @@ def calibrate(scenario: Scenario, progress: Callable[[str], None], design_s: flo
     cost, quality, hull = fit(measured.samples)
     return Calibration(
         model=scenario.model.name, model_digest=measured.model_digest,
-        machine=this_machine(threads, measured.torch, measured.device, measured.dtype),
+        machine=this_machine(
+            threads, measured.torch, measured.device, measured.dtype, kernels_of(scenario.model)
+        ),
         measured_at=time.strftime("%Y-%m-%dT%H:%M:%S"), cost=cost, lags=lags, fit=quality, hull=hull,
         encoder=encoder, encoder_fit=encoder_fit,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from scipy.optimize import nnls
 from engine.config import ModelConfig, Scenario
 from engine.errors import CalibrationError
 from engine.events import StepShape
+from engine.model import compiling
 from engine.model.folder import cache_dir, prepare
 from engine.model.stepcost import StepCost
 from engine.scenario import data_path
@@ -54,6 +56,7 @@ class Machine(msgspec.Struct, frozen=True):
     torch: str
     device: str
     dtype: str
+    kernels: str = ""  # mark of our own; "" = torch's alone
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -196,9 +199,19 @@ def _batch_curve(samples: list[BatchSample]) -> tuple[float, float]:
 # ---------------------------------------------------------------- the file
 
 
-def this_machine(threads: int, torch: str, device: str, dtype: str) -> Machine:
+def this_machine(threads: int, torch: str, device: str, dtype: str, kernels: str = "") -> Machine:
     """The machine under our feet."""
-    return Machine(_cpu(), os.cpu_count() or 1, threads, torch, device, dtype)
+    return Machine(_cpu(), os.cpu_count() or 1, threads, torch, device, dtype, kernels)
+
+
+def kernels_of(model: ModelConfig) -> str:
+    """Mark of the kernels that a replica with this model would run on, "" where it would do without."""
+    if not model.native or device_of(model.device) != "cpu":
+        return ""
+    try:
+        return compiling.mark()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def default_path(model: str) -> Path:
@@ -230,11 +243,12 @@ def load(path: Path) -> Calibration:
 
 
 def load_for(
-    path: Path, threads: int, model: str, foreign_ok: bool = False, digest: str = "", device: str = "", dtype: str = ""
+    path: Path, threads: int, model: str, foreign_ok: bool = False, digest: str = "", device: str = "",
+    dtype: str = "", kernels: str | None = None,
 ) -> Calibration:
     """A calibration for use on this machine, with so many torch threads; refused when it is somebody else's.
 
-    ``digest``, ``device`` and ``dtype`` are compared where the caller knows them.
+    ``digest``, ``device``, ``dtype`` and ``kernels`` are compared where the caller knows them.
     """
     found = load(path)
     if foreign_ok:
@@ -247,10 +261,11 @@ def load_for(
         ("number of torch threads", found.machine.threads, threads),
         ("device", found.machine.device.partition(":")[0], device or found.machine.device.partition(":")[0]),
         ("dtype", found.machine.dtype, dtype or found.machine.dtype),
+        ("set of kernels", found.machine.kernels, found.machine.kernels if kernels is None else kernels),
     ):
         if theirs != ours:
             raise CalibrationError(
-                f"measured with another {what}: {theirs}; here it is {ours}", where=str(path),
+                f"measured with another {what}: {theirs or 'none'}; here it is {ours or 'none'}", where=str(path),
                 fix="doorbuster calibrate    (a minute), or --accept-foreign-calibration",
             )
     return found
@@ -275,7 +290,8 @@ def for_model(
         else:
             device = device_of(model.device)
             digest = "" if model.name == FAKE else prepare(name, lambda line: None).digest
-            found = load_for(given, threads, name, False, digest, device, DTYPES.get(device, ""))
+            dtype = DTYPES.get(device, "") if model.dtype == "auto" else model.dtype
+            found = load_for(given, threads, name, False, digest, device, dtype, kernels_of(model))
     except CalibrationError as error:
         if model.name != FAKE or path is not None:
             raise

@@ -174,7 +174,8 @@ def measure(spec: MeasureSpec) -> Measured:
     if spec.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec.cores)
     folder = prepare(scenario.model.name, lambda line: print(line, file=sys.stderr, flush=True))
-    model = load(folder, device=scenario.model.device, threads=spec.threads)
+    asked = scenario.model
+    model = load(folder, asked.device, asked.dtype, spec.threads, asked.native)
     hasher = Hasher(spec.hash_key, prefix.block_tokens)
     bench = Bench(
         TorchRunner(model, prefix.blocks, prefix.block_tokens, hasher), prefix.blocks, prefix.block_tokens,
@@ -199,7 +200,7 @@ def measure(spec: MeasureSpec) -> Measured:
         gaps += between
     return Measured(
         samples, int(np.median(gaps)) if gaps else 0, model.digest, str(torch.__version__), str(model.device),
-        str(model.dtype).removeprefix("torch."),
+        str(model.linears).removeprefix("torch."),
     )
 
 

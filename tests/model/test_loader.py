@@ -11,11 +11,11 @@ import torch
 import transformers
 
 from engine.errors import UserError
-from engine.model import attention
+from engine.model import attention, loader
 from engine.model import folder as folders
 from engine.model.folder import ModelFolder, cache_dir, prepare
 from engine.model.loader import LoadedModel, load, load_plain
-from engine.model.packing import PackedLinear
+from engine.model.packing import PackedLinear, multiplies_bfloat16
 from engine.model.smalllm import small_model
 from tests.model.hand import hand_on, prompt_of
 
@@ -100,6 +100,26 @@ def test_a_layer_that_passes_us_by_is_found_at_load(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(module.Qwen2Attention, "forward", sometimes)
     with pytest.raises(UserError, match="only 1 of its 2 layers"):
         load(folder)
+
+
+def test_bfloat16_on_a_processor_without_it_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(loader, "multiplies_bfloat16", lambda: False)
+    with pytest.raises(UserError, match="bfloat16") as raised:
+        load(prepare("tiny", silent), dtype="bfloat16")
+    assert raised.value.fix == "--set model.dtype=float32"
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no instructions for bfloat16")
+def test_in_bfloat16_the_linears_are_rounded_and_nothing_else(tmp_path: Path) -> None:
+    folder = saved(tmp_path, transformers.Qwen3Config(**SMALL | {"head_dim": 16}))
+    model = load(folder, dtype="bfloat16")
+    assert (model.dtype, model.linears) == (torch.float32, torch.bfloat16)
+    linears = [m for m in model.model.modules() if isinstance(m, PackedLinear)]
+    assert linears and all(linear.dtype == torch.bfloat16 for linear in linears)
+    hand = hand_on(model)
+    hand.whole(0, prompt_of(0, 37), 5)
+    hand.finish(0)
+    assert len(hand.out[0]) == 5
 
 
 def test_sinks_are_refused_when_they_arrive(tmp_path: Path) -> None:

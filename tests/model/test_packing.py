@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.model.packing import PackedLinear, can_pack, pack
+from engine.model.packing import PackedLinear, can_pack, multiplies_bfloat16, pack
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
 
@@ -19,6 +19,20 @@ def test_it_computes_the_same(rows: int, bias: bool) -> None:
     x = torch.randn(1, rows, 64)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no instructions for bfloat16")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_in_bfloat16_it_computes_the_same_but_for_rounding(rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    x = torch.randn(1, rows, 64)
+    with torch.inference_mode():
+        packed = PackedLinear(linear, torch.bfloat16)(x)
+        assert packed.dtype == torch.float32
+        rounded = nn.functional.linear(x.bfloat16().float(), linear.weight.bfloat16().float(), linear.bias)
+        torch.testing.assert_close(packed, rounded, rtol=0.01, atol=0.01)
+        assert not torch.equal(packed, linear(x))
 
 
 def test_a_packed_weight_is_a_copy() -> None:

@@ -31,6 +31,7 @@ from sim.twin.cost import (
     fit,
     fit_encoder,
     for_model,
+    kernels_of,
     load,
     load_for,
     require_encoder,
@@ -214,6 +215,7 @@ def test_missing_damaged_and_old_files_are_explained(tmp_path: Path) -> None:
         ({"digest": "d2"}, "another set of weights: d1; here it is d2"),
         ({"device": "cuda"}, "another device: cpu; here it is cuda"),
         ({"dtype": "bfloat16"}, "another dtype: float32; here it is bfloat16"),
+        ({"kernels": "abc"}, "another set of kernels: none; here it is abc"),
     ],
 )
 def test_other_weights_and_devices_are_refused_where_they_are_known(
@@ -256,9 +258,14 @@ def test_the_fake_model_has_the_pace_that_serve_gives_it(tmp_path: Path, monkeyp
     assert for_model(of(name="fake"), say=told.append) == reference
     assert "bundled" in told[0]
     _, _, threads = share_cores(0)
-    made = calibration(machine=this_machine(threads, "2.13.0", "cpu", "float32"))
+    ours = kernels_of(of().model)
+    made = calibration(machine=this_machine(threads, "2.13.0", "cpu", "float32", ours))
     save(made, default_path("smollm2"))
     assert for_model(of(name="fake", device="cpu")) == made
+    if ours:  # there is a compiler: without the kernels the pace is another
+        told.clear()
+        assert for_model(of(name="fake", device="cpu", native=False), say=told.append) == reference
+        assert "another set of kernels" in told[0]
     twice = for_model(of(name="fake", device="cpu", fake_speed=2.0))
     assert twice.cost.fixed_ns == made.cost.fixed_ns / 2
     with pytest.raises(CalibrationError, match="not measured on this machine yet"):
