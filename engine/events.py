@@ -135,12 +135,23 @@ class Pressure(Struct):
     waiting: tuple[Waiting, ...] = ()
     queued_tokens: int = 0  # prompt tokens waiting or in prefill
     free_blocks: int = 0  # free or evictable
+    backlog_tokens: tuple[int, ...] = ()  # by priority: prompt tokens to compute, as far as they are not cached
+    prefill_tps: int = 0  # prompt tokens a second when it has more than it can do; 0 = not known yet
+
+
+class KvEvents(Struct):
+    """What became findable in a replica's prefix cache since its last word, and what no longer is; net of both."""
+
+    replica: int
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
 
 
 class ReplicaLost(Struct):
     """A replica has died, its queue and caches with it. An Ended, "lost", follows for each of its submissions."""
 
     replica: int
+    for_good: bool = False  # it has died too often: nobody starts it anew
 
 
 class ReplicaBack(Struct):
@@ -224,6 +235,8 @@ class StepDone(Struct):
     first: tuple[int, ...] = ()  # sequences that produced their first token, in batch order
     ended: tuple[SeqEnd, ...] = ()
     filled: tuple[Filled, ...] = ()
+    forward_ns: int = 0  # in the model, launch and device; over all steps; 0 where nothing was timed
+    sample_ns: int = 0  # from logits to tokens
 
 
 class StepFailed(Struct):
@@ -323,6 +336,7 @@ class RequestRecord(Struct):
     e2e_ns: int = 0
     cosine_millionths: int | None = None
     source: str = ""  # the request that computed the answer, where another did
+    predicted_ttft_ns: int | None = None  # what the gateway expected when it submitted this one
     preemptions: int = 0
     replica: int | None = None
     answer_id: str = ""
@@ -356,8 +370,9 @@ class Record(Struct):
     record: LedgerRecord
 
 
-GatewayEvent = Arrive | Similar | FirstToken | Ended | Pressure | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
+ReplicaWord = FirstToken | Ended | Pressure | KvEvents
+GatewayEvent = Arrive | Similar | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
 Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector
 GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Upkeep | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake
-ReplicaAction = RunStep | FirstToken | Ended | Pressure
+ReplicaAction = RunStep | ReplicaWord

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import msgspec
 import uvloop
 
-from engine.errors import UserError
-from engine.model.stepcost import StepCost
+from engine.config import Scenario
+from engine.errors import CalibrationError, UserError
 from engine.scenario import Resolved, load
 from engine.service.auth import KeyRing
 from engine.service.server import RunningEngine, ServeOptions, running
+from engine.stepcost import StepCost
 from sim import runs
 from sim.twin import cost
 
@@ -49,7 +50,9 @@ def serve_until_stopped(
     ring, key = _ring(keys, host, resolved)
     fake_cost = _fake_cost(resolved)
     given, folder = folder, _run_folder(resolved, folder)
-    options = ServeOptions(host=host, port=port, folder=folder, fake_cost=fake_cost)
+    options = ServeOptions(
+        host=host, port=port, folder=folder, fake_cost=fake_cost, step_cost=_step_cost(resolved.scenario)
+    )
     say(f"starting {resolved.scenario.model.name}; journal and ledger in {folder}")
     end: End | None = None
     try:
@@ -179,6 +182,14 @@ def _ring(keys: Path | None, host: str, resolved: Resolved) -> tuple[KeyRing, st
             fix="doorbuster keys new NAME, then --keys FILE; or stay on 127.0.0.1",
         )
     return KeyRing.single()
+
+
+def _step_cost(scenario: Scenario) -> StepCost | None:
+    """What a step costs here, as the twin finds it; without a calibration the token budget alone bounds a step."""
+    try:
+        return cost.for_model(scenario).cost
+    except CalibrationError:
+        return None
 
 
 def _fake_cost(resolved: Resolved) -> StepCost | None:

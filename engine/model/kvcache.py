@@ -34,7 +34,7 @@ class KVPool:
         softcap: bool = False,
     ) -> None:
         self.native = native  # kernels that attend on these pages, where there are any for them
-        self.deterministic = deterministic  # on CUDA: a row's result never depends on its neighbours
+        self.deterministic = deterministic  # on CUDA: a row's attention sums in one order whatever its neighbours are
         self.softcap = softcap  # some layer has one: not every kernel does
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         shape = (num_blocks, block_tokens, kv_heads, head_dim)

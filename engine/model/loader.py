@@ -8,7 +8,7 @@ Knows nothing of requests, blocks or steps.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -53,36 +53,48 @@ class LoadedModel:
     max_context: int  # tokens
     softcap: bool
     native: Kernels | None  # that attend on its pools
-    deterministic: bool = False  # on CUDA: neighbours never change the last bits of a row
+    deterministic: bool = False  # on CUDA: neighbours never change the order of the sums in a row's attention
+    cuda_graphs: bool = False  # decode steps run at fixed shapes
 
     def pool(self, num_blocks: int, block_tokens: int) -> KVPool:
         """A KV pool in this model's shape; UserError where the device's kernel takes no such pages."""
         shape = (self.num_kv_heads, self.head_dim)
         size = (self.num_layers, num_blocks, block_tokens, *shape)
         pool = KVPool(*size, self.dtype, self.device, self.native, self.deterministic, self.softcap)
-        why = varlen.refusal(pool)
-        if why is not None:
-            raise UserError(
-                f"the CUDA attention kernel takes no pages of {block_tokens} tokens", "prefix.block_tokens", why,
-                f"--set prefix.block_tokens={varlen.BLOCK_TOKENS}",
-            )
+        refused = varlen.refusal(pool)
+        if refused is not None:
+            raise refused
         return pool
 
 
 def load(
-    folder: ModelFolder, device: str = "cpu", dtype: str = "auto", threads: int = 1, native: bool = True
+    folder: ModelFolder, device: str = "cpu", dtype: str = "auto", threads: int = 1, native: bool = True,
+    deterministic: bool = False, cuda_graphs: bool = False,
 ) -> LoadedModel:
     """Load for serving. ``device``: cpu, cuda or auto; ``dtype``: float32, bfloat16 or auto.
 
     auto is bfloat16 on CUDA and float32 on a CPU, where bfloat16 is for the linears alone and a choice: twice as fast
     on processors that have it, but the last bits then depend on how many rows a step has. ``native``: with the compiled
-    kernels where they can be had.
+    kernels where they can be had. ``deterministic`` and ``cuda_graphs`` are for CUDA: see ``LoadedModel``.
     """
     torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        return _paged(folder, _read(folder, torch.float32 if dtype == "float32" else torch.bfloat16).to(device))[0]
+        loaded, _ = _paged(folder, _read(folder, torch.float32 if dtype == "float32" else torch.bfloat16).to(device))
+    else:
+        loaded = _on_cpu(folder, dtype, native)
+    loaded = replace(loaded, deterministic=deterministic, cuda_graphs=cuda_graphs)
+    if cuda_graphs and not varlen.suits(loaded.pool(1, varlen.BLOCK_TOKENS)):
+        raise UserError(
+            f"decode steps of {folder.name} cannot be CUDA graphs", "model.cuda_graphs",
+            "they need the attention kernel for half precision on CUDA, which has no soft-cap",
+            "--set model.cuda_graphs=false",
+        )
+    return loaded
+
+
+def _on_cpu(folder: ModelFolder, dtype: str, native: bool) -> LoadedModel:
     linears = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if linears == torch.bfloat16 and not multiplies_bfloat16():
         raise UserError(

@@ -18,20 +18,22 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from engine.config import ModelConfig, ReplicaConfig
 from engine.errors import UserError
+from engine.events import StepFailed
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
 from engine.model.fake import FakeRunner, speaker
-from engine.model.stepcost import StepCost
 from engine.model.stepping import Runner
 from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_to_replica, frame
 from engine.model.worker import ReplicaDriver
 from engine.policy.replica import Replica
+from engine.stepcost import StepCost
 
 ORPHAN_CHECK_S = 1.0  # how often one that nobody has connected to looks whether somebody still can
 
@@ -94,7 +96,9 @@ class Endpoint:
             return self._write(next(iter(self._unframers)), frame(output))
         for index, connection in list(self._owner.items()):
             mine = [e for e in output.events if (sid := getattr(e, "sid", None)) is None or sid >> 40 == index]
-            self._write(connection, frame(Output(mine, [t for t in output.tokens if t[0] >> 40 == index])))
+            tokens = [t for t in output.tokens if t[0] >> 40 == index]
+            logprobs = [said for said in output.logprobs if said[0] >> 40 == index]
+            self._write(connection, frame(Output(mine, tokens, logprobs)))
         return None
 
     def _read(self, timeout: float | None) -> None:
@@ -144,7 +148,10 @@ def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
     from engine.model.runner import TorchRunner
 
     folder = prepare(spec.model.name, lambda line: print(line, file=sys.stderr, flush=True))
-    model = load(folder, spec.model.device, spec.model.dtype, spec.threads, spec.model.native)
+    model = load(
+        folder, spec.model.device, spec.model.dtype, spec.threads, spec.model.native, spec.model.deterministic,
+        spec.model.cuda_graphs,
+    )
     if spec.model.context_tokens > model.max_context:
         raise UserError(
             f"model.context_tokens ({spec.model.context_tokens}) is more than {spec.model.name} can attend to",
@@ -194,7 +201,10 @@ def run(spec: WorkerSpec) -> None:
                 endpoint.send(output)
             idle = step is None
             if step is not None:
-                result = runner.run(step, endpoint.waits, lambda tokens: endpoint.send(Output([], tokens)))
+                result = driver.run(step, endpoint.waits, lambda tokens: endpoint.send(Output([], tokens)))
+                if isinstance(result.done, StepFailed):
+                    say = f"replica {spec.replica.index}: a step raised: {result.done.why}"
+                    print(say, file=sys.stderr, flush=True)
                 last_ns = max(last_ns, time.monotonic_ns() - spec.epoch_ns)
                 output = driver.finish(last_ns, result)
                 if output is not None:
@@ -208,10 +218,15 @@ def _leave(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
-def main() -> None:
-    """Spec on stdin; a user's mistake is left in ``last_words`` for the gateway to tell, with exit code 1."""
+def main(warm: Callable[[], None] | None = None) -> None:
+    """Spec on stdin; a user's mistake is left in ``last_words`` for the gateway to tell, with exit code 1.
+
+    ``warm``: what can be done before the spec is known.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
+    if warm is not None:
+        warm()
     raw = sys.stdin.buffer.read()
     if not raw:
         return  # who started it has died already

@@ -7,6 +7,7 @@ Method: flat token batches as in vLLM v1. Not thread-safe: one worker owns it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,9 +18,10 @@ from engine.events import Chunk, Filled, RunStep, SeqEnd, StepDone, StepFailed
 from engine.model import attention
 from engine.model.attention import Span
 from engine.model.blockhash import Hasher
+from engine.model.graphs import ROWS, DecodeGraphs
 from engine.model.loader import LoadedModel
-from engine.model.sampler import SamplingParams, sample
-from engine.model.stepping import Emit, StepResult
+from engine.model.sampler import SamplingParams, logprobs_of, sample
+from engine.model.stepping import Emit, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +51,14 @@ class _Report:
     first: list[int] = field(default_factory=list)
     ended: list[SeqEnd] = field(default_factory=list)
     filled: list[Filled] = field(default_factory=list)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    forward_ns: int = 0
+    sample_ns: int = 0
+
+    def done(self, steps: int) -> StepDone:
+        """For the machine."""
+        ends = (tuple(self.first), tuple(self.ended), tuple(self.filled))
+        return StepDone(steps, *ends, forward_ns=self.forward_ns, sample_ns=self.sample_ns)
 
 
 class TorchRunner:
@@ -56,7 +66,10 @@ class TorchRunner:
 
     def __init__(self, model: LoadedModel, num_blocks: int, block_tokens: int, hasher: Hasher) -> None:
         self.model = model
-        self.pool = model.pool(num_blocks, block_tokens)
+        self.pool = model.pool(num_blocks + model.cuda_graphs, block_tokens)  # the last is trash: nobody owns it
+        self._graphs: DecodeGraphs | None = None
+        if model.cuda_graphs:
+            self._graphs = DecodeGraphs(model, self.pool, num_blocks, record=self.pool.device.type == "cuda")
         self._hasher, self._block_tokens = hasher, block_tokens
         self._known: dict[int, _Sequence] = {}
         self._running: dict[int, _Sequence] = {}
@@ -80,15 +93,16 @@ class TorchRunner:
             while True:
                 self._step(step.chunks if steps == 0 else (), report)
                 steps += 1
-                if steps >= step.at_most or report.ended or message_waits():
+                if steps >= step.at_most or report.ended or report.logprobs or message_waits():
                     break
                 if emit is not None:
                     emit(list(report.tokens.items()))
                     report.tokens.clear()
         except Exception as error:  # the machine decides what a failed step means; the worker lives on
-            return StepResult(StepFailed(f"{type(error).__name__}: {error}"), [])
-        done = StepDone(steps, tuple(report.first), tuple(report.ended), tuple(report.filled))
-        return StepResult(done, list(report.tokens.items()))
+            if not steps:
+                return StepResult(StepFailed(f"{type(error).__name__}: {error}"), [])
+            # those before it stand, their tokens are out: what raised is tried again, as the first of its own plan
+        return StepResult(report.done(steps), list(report.tokens.items()), list(report.logprobs.items()))
 
     def _apply(self, step: RunStep) -> None:
         """Bring the running set up to date."""
@@ -115,11 +129,18 @@ class TorchRunner:
             if not 0 < count <= len(seq.tokens) - seq.computed:
                 raise ValueError(f"{count} tokens for sequence {seq.sid}: {seq.computed} of {len(seq.tokens)} are done")
         yielding = [seq for seq, count in rows if seq.computed + count == len(seq.tokens)]
+        began_ns = time.perf_counter_ns()
         logits = self._forward(rows)
-        for seq, count in rows:
-            seq.computed += count
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # else the sampler's first look would wait for the model
+        forward_ns = time.perf_counter_ns()
         positions = [len(seq.tokens) for seq in yielding]
         new = sample(logits, [seq.params for seq in yielding], positions) if yielding else []
+        self._explain(logits, yielding, new, report)
+        for seq, count in rows:  # nothing below raises: a step that did has changed no sequence
+            seq.computed += count
+        report.forward_ns += forward_ns - began_ns
+        report.sample_ns += time.perf_counter_ns() - forward_ns
         failed = [seq.sid for seq, token in zip(yielding, new, strict=True) if token is None]
         for seq, _ in rows:
             if seq.sid not in failed:  # nobody may reuse what gave nan
@@ -140,6 +161,8 @@ class TorchRunner:
             spans.append(Span(count, first, seq.table))
             if stop == len(seq.tokens):
                 last.append(len(ids) - 1)
+        if self._graphs is not None and len(last) == len(ids) <= ROWS[-1]:  # one token a row, and each yields
+            return self._graphs.run(ids, spans)
         device = self.model.device
         with torch.inference_mode():
             out = self.model.model(
@@ -151,6 +174,20 @@ class TorchRunner:
             )
         logits: Tensor = out.logits[0]
         return logits
+
+    def _explain(self, logits: Tensor, yielding: list[_Sequence], new: list[int | None], report: _Report) -> None:
+        """Log-probabilities of those who asked, and whose token will be an output."""
+        rows = [
+            row for row, (seq, token) in enumerate(zip(yielding, new, strict=True))
+            if seq.params.logprobs is not None and token is not None and not self._is_end(seq, token)
+        ]
+        if rows:
+            counts = [yielding[row].params.logprobs or 0 for row in rows]
+            for row, said in zip(rows, logprobs_of(logits[rows], [new[row] or 0 for row in rows], counts), strict=True):
+                report.logprobs.setdefault(yielding[row].sid, []).append(said)
+
+    def _is_end(self, seq: _Sequence, token: int) -> bool:
+        return token in self.model.eos_ids and not seq.params.ignore_eos
 
     def _fill(self, seq: _Sequence, report: _Report) -> None:
         """Blocks that generated tokens have just completed. A prompt of less than a block has no chain to extend."""
@@ -164,7 +201,7 @@ class TorchRunner:
     def _accept(self, seq: _Sequence, token: int | None, report: _Report) -> None:
         if token is None:
             self._end(seq, "failed", report)
-        elif token in self.model.eos_ids and not seq.params.ignore_eos:
+        elif self._is_end(seq, token):
             self._end(seq, "stop", report)
         else:
             seq.tokens.append(token)

@@ -13,24 +13,44 @@ import msgspec
 
 from engine.events import RunStep, StepDone, StepFailed
 
+MAX_TOP_LOGPROBS = 20  # alternatives that a client may ask for beside each token
+
 
 class SamplingParams(msgspec.Struct, frozen=True, gc=False):
-    """How the next token is chosen. ``temperature`` 0 is greedy; ``seed`` makes a sample repeatable."""
+    """How the next token is chosen, and what is wanted of it.
+
+    ``temperature`` 0 is greedy; ``seed`` makes a sample repeatable; ``top_k`` 0 is no limit. ``stop`` is for whoever
+    sees the text: a runner knows tokens only. ``logprobs``: None, or how many alternatives beside the token's own.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """Natural logarithm of a token's probability, and the likeliest tokens' at its place: (id, logprob), best first."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
 
 
 Emit = Callable[[list[tuple[int, list[int]]]], None]  # new tokens by sid, in batch order
 
 
 class StepResult(msgspec.Struct, frozen=True, gc=False):
-    """``done`` goes to the replica machine, ``tokens`` (new ones by sid) to the clients."""
+    """``done`` goes to the replica machine, the rest to the clients.
+
+    ``tokens``: new ones by sid. ``logprobs``: one for each of them, for the sids alone that asked.
+    """
 
     done: StepDone | StepFailed
     tokens: list[tuple[int, list[int]]] = []
+    logprobs: list[tuple[int, list[TokenLogprobs]]] = []
 
 
 class Runner(Protocol):
@@ -49,6 +69,7 @@ class Runner(Protocol):
     def run(self, step: RunStep, message_waits: Callable[[], bool], emit: Emit | None = None) -> StepResult:
         """Run one step, or up to ``at_most`` equal decode steps until a sequence ends or ``message_waits()``.
 
+        A step that brought log-probabilities is the last too: ``emit`` carries none.
         Between two steps ``emit`` gets the tokens so far, so that clients need not wait for the last of them; the
         result then holds only the rest.
 

@@ -20,6 +20,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from engine.errors import RequestError, UserError
 
 BROKEN = "\ufffd"  # what the bytes of half a character decode to
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte that sentencepiece has no piece for
+PLAIN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that GPT-2's alphabet shows as themselves
+OTHERS = [byte for byte in range(256) if byte not in PLAIN]  # the alphabet's letters from U+0100 on, in this order
+BYTE_OF = {chr(byte): byte for byte in PLAIN} | {chr(0x100 + at): byte for at, byte in enumerate(OTHERS)}
 
 
 class Tokenizer:
@@ -31,6 +35,9 @@ class Tokenizer:
         self._raw, self._specials, self.eos_ids = raw, specials, eos_ids
         self._template = _compile(template) if template is not None else None
         self.vocab_size: int = raw.get_vocab_size(with_added_tokens=True)
+        self._added: dict[int, str] = {token: a.content for token, a in raw.get_added_tokens_decoder().items()}
+        decoder = raw.decoder.__getstate__() if raw.decoder is not None else b""
+        self._byte_level = b'"ByteLevel"' in decoder
         marks = [re.escape(token.content) for token in raw.get_added_tokens_decoder().values() if token.special]
         self._marks = re.compile("|".join(marks)) if marks else None
 
@@ -43,6 +50,21 @@ class Tokenizer:
         """Text of ``ids`` without special tokens; half a character shows as U+FFFD."""
         text: str = self._raw.decode(ids, skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 of one token as it is spelt inside a text, half a character's bytes included; b"" of an unknown id.
+
+        The bytes of a text's tokens make up the text (but for the blank that sentencepiece adds at its start). Unlike
+        in ``decode`` a special token has its name.
+        """
+        if token in self._added:
+            return self._added[token].encode()
+        word = self._raw.id_to_token(token) or ""
+        if self._byte_level and all(letter in BYTE_OF for letter in word):
+            return bytes(BYTE_OF[letter] for letter in word)
+        if BYTE_TOKEN.fullmatch(word):
+            return bytes([int(word[3:5], 16)])
+        return word.replace("\u2581", " ").encode()
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The prompt that asks for the next assistant message.
@@ -72,7 +94,7 @@ class Detokenizer:
     WINDOW, CONTEXT = 24, 8
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
+        self.tokenizer, self._decode = tokenizer, tokenizer.decode
         self._ids: list[int] = []
         self._sent = 0  # characters of the window's text that are out already
 

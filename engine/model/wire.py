@@ -9,8 +9,8 @@ import struct
 
 import msgspec
 
-from engine.events import Abort, Drain, Ended, FirstToken, Pressure, Submit
-from engine.model.stepping import SamplingParams
+from engine.events import Abort, Drain, ReplicaWord, Submit
+from engine.model.stepping import SamplingParams, TokenLogprobs
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
@@ -37,8 +37,9 @@ class Ready(msgspec.Struct, frozen=True, gc=False, tag=True):
 class Output(msgspec.Struct, frozen=True, gc=False, tag=True):
     """What one turn of the replica brought: new tokens by submission first, then what happened, in order."""
 
-    events: list[FirstToken | Ended | Pressure]
+    events: list[ReplicaWord]
     tokens: list[tuple[int, list[int]]] = []
+    logprobs: list[tuple[int, list[TokenLogprobs]]] = []  # of each token, for the submissions that asked
 
 
 ToReplica = Work | Abort | Drain

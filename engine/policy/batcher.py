@@ -1,11 +1,13 @@
-"""Continuous batching over a token budget: who runs in the next step.
+"""Continuous batching over a budget of tokens and time: who runs in the next step.
 
-A step takes every decoding row and fills the rest of its budget with prompt chunks, most important first. Strict
-priority with preemption between steps: a critical arrival waits for the step in flight, never for a second one; the
-victim's tokens are recomputed when it comes back, in its old place. Reserved slots and blocks are for critical only.
+A step takes every decoding row and fills the rest of its budget (``budget.py``) with prompt chunks, most important
+first. Strict priority with preemption between steps: a critical arrival waits for the step in flight, never for a
+second one; the victim's tokens are recomputed when it comes back, in its old place. An admission leaves blocks free
+for what is to come (``reserve.py``); slots and blocks may be reserved for critical.
 
 Between the tenants of one priority the waiting room is fair (``waiting.py``); a head that does not fit stops its
-priority and all below. Among what runs only priority counts, and age inside a tenant: never a tenant's counter.
+priority and all below. Among what runs only priority counts, and age inside a tenant: never a tenant's counter. Who
+would compute again what another one in prefill is computing lets it go first (``holdback.py``).
 
 Work per call follows what changed, not what runs: decoding rows meet the batcher again only at a block border (a
 calendar by step index), at their end, or as victims. Method: vLLM v1's scheduler, Sarathi-Serve's chunked prefill.
@@ -14,13 +16,18 @@ calendar by step index), at their end, or as victims. Method: vLLM v1's schedule
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from heapq import heappop, heappush
+from collections.abc import Iterable, Iterator
 
 from engine.config import ReplicaConfig
-from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepShape, Submit
+from engine.events import PRIORITY, Chunk, Filled, Grow, RunStep, SeqStart, Submit
+from engine.policy.budget import StepBudget
+from engine.policy.calendar import Calendar
+from engine.policy.holdback import held_back
+from engine.policy.isolation import Isolation
 from engine.policy.prefix import BlockPool
+from engine.policy.reserve import Reserve
 from engine.policy.sequence import Sequence
+from engine.policy.unseen import Unseen
 from engine.policy.waiting import WaitingRoom
 from engine.units import ceil_div
 
@@ -30,24 +37,28 @@ class Batcher:
 
     def __init__(self, config: ReplicaConfig) -> None:
         self.config = config.batcher
+        self._replica = config
         self.pool = BlockPool(config.prefix)
         self.room = WaitingRoom(config)
+        self.isolation = Isolation()
+        self.reserve = Reserve(config.batcher, config.prefix)
+        self.unseen = Unseen()
         self._fair = config.fairness.enabled
+        self._now_ns = 0  # of the last plan
         self.step = 0  # index of the next step
         self.sequences: dict[int, Sequence] = {}  # all that have not ended
         self.running: dict[int, Sequence] = {}  # prefill or decode: they hold a slot and blocks
-        self.unseen: dict[str, dict[int, int]] = {}  # class -> sid -> sent_ns, of those that no step has held yet
-        self._ages: dict[str, list[tuple[int, int]]] = {}  # class -> heap of (sent_ns, sid); stale entries are skipped
+        self._prefill: dict[int, Sequence] = {}  # of these, in the order in which they were taken in
         self.queued_tokens = 0
         self.decode_rows = 0
         self.decode_kv = 0  # context that the next step's decode rows attend to
-        self._critical_running = 0
-        self._deadlines: list[tuple[int, int]] = []  # heap of (start_by_ns, sid)
-        self._borders: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch): that step needs one more block
-        self._limits: list[tuple[int, int, int]] = []  # heap of (step, sid, epoch): that step yields the last token
-        self._planned: list[Sequence] = []  # with a chunk in the step in flight
-        self._published: list[int] = []  # blocks that the step in flight is to fill
-        self._stop: list[int] = []  # the runner must hear of these before anything else
+        self._running_of = [0] * len(PRIORITY)  # by priority
+        self._borders = Calendar()  # that step needs one more block
+        self._limits = Calendar()  # that step yields the last token
+        self.planned: list[Sequence] = []  # with a chunk in the step in flight
+        self.published: list[int] = []  # blocks that the step in flight is to fill
+        self.held: list[Sequence] = []  # since the last plan; some may have gone
+        self.stop: list[int] = []  # the runner must hear of these before anything else
 
     # ------------------------------------------------------------ coming and going
 
@@ -58,11 +69,10 @@ class Batcher:
 
     def add(self, ask: Submit) -> None:
         """Into the waiting room."""
-        seq = Sequence(ask, list(ask.blocks), ask.tenant if self._fair else "", known=ask.prompt_tokens)
+        tenant = ask.tenant if self._fair else ""
+        seq = Sequence(ask, list(ask.blocks), tenant, ask.priority, ask.sent_ns, known=ask.prompt_tokens)
         self.sequences[ask.sid] = seq
-        self.unseen.setdefault(ask.traffic_class, {})[ask.sid] = ask.sent_ns
-        heappush(self._ages.setdefault(ask.traffic_class, []), (ask.sent_ns, ask.sid))
-        heappush(self._deadlines, (ask.start_by_ns, ask.sid))
+        self.unseen.add(seq)
         self._enqueue(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -70,7 +80,7 @@ class Batcher:
         if seq.state in ("prefill", "decode"):
             self._leave(seq)
         else:
-            self._seen(seq)
+            self.unseen.seen(seq)
         self.room.remove(seq)
         self._requeue(seq, 0)
         seq.state = "ended"
@@ -79,133 +89,152 @@ class Batcher:
     def expire(self, now_ns: int) -> list[Sequence]:
         """Those that no step has held in time; removed."""
         late: list[Sequence] = []
-        while self._deadlines and self._deadlines[0][0] < now_ns:
-            seq = self.sequences.get(heappop(self._deadlines)[1])
+        for sid in self.unseen.next_late(now_ns):
+            seq = self.sequences.get(sid)
             if seq is not None and seq.first_ns is None:
                 late.append(seq)
                 self.remove(seq)
         return late
 
-    def oldest_ns(self, traffic_class: str) -> int:
-        """When the oldest of a class's unseen was sent; several gateways' submissions arrive out of order."""
-        ages, unseen = self._ages[traffic_class], self.unseen[traffic_class]
-        while ages[0][1] not in unseen:
-            heappop(ages)
-        return ages[0][0]
-
     # ------------------------------------------------------------ the plan
 
     def plan(self, now_ns: int) -> RunStep | None:
         """The next step, or None when nothing can run."""
+        self._now_ns = now_ns
         self.pool.expire_pins(now_ns)
+        self.room.promote(now_ns)
         grow = self._cross_borders()
-        start, chunks, area, tokens = self._fill(now_ns)
+        tried = self.isolation.trial(self.running)
+        budget = StepBudget(self._replica, self.decode_rows, self.decode_kv, by_time=not tried)
+        start, chunks = self._fill(budget, tried)
         if not self.decode_rows and not chunks:
             return None
-        shape = StepShape(tokens, len(chunks), self.decode_rows, self.decode_kv, area)
-        stop, self._stop = tuple(self._stop), []
+        stop, self.stop = tuple(self.stop), []
+        if stop and grow:  # one that was put back since it grew, and perhaps taken in again, has no such table
+            grow = [g for g in grow if (seq := self.running.get(g.sid)) and seq.state == "decode"]
         return RunStep(
-            step=self.step, shape=shape, start=tuple(start), stop=stop, chunks=tuple(chunks),
-            grow=tuple(g for g in grow if self._decodes(g.sid)), at_most=self._at_most(bool(chunks)),
+            step=self.step, shape=budget.shape(self.decode_rows, self.decode_kv), start=tuple(start), stop=stop,
+            chunks=tuple(chunks), grow=tuple(grow), at_most=self._at_most(bool(chunks)),
         )
 
-    def _decodes(self, sid: int) -> bool:
-        """Not put back since it grew: one that this very plan took in again has a new table."""
-        seq = self.running.get(sid)
-        return seq is not None and seq.state == "decode"
-
     def _cross_borders(self) -> list[Grow]:
-        """One more block for each decode row that needs it now; the least important row pays for a shortage."""
-        grow: list[Grow] = []
-        while self._borders and self._borders[0][0] <= self.step:
-            _, sid, epoch = heappop(self._borders)
-            seq = self.running.get(sid)
-            if seq is None or seq.epoch != epoch:
-                continue
-            while not self.pool.available:
-                victim = max(self.running.values(), key=lambda s: s.rank)
-                self._preempt(victim)
-                if victim is seq:
-                    break
-            if seq.state == "decode":
-                blocks = self.pool.take((), 1)
-                seq.table.extend(blocks)
-                grow.append(Grow(sid, tuple(blocks)))
-                heappush(self._borders, (self.step + self.pool.block_tokens, sid, epoch))
-        return grow
+        """One more block for each row that needs it now; the least important of all pay for a shortage."""
+        due = self._borders.take(self.step)
+        if self.held:
+            full = [seq for seq in self.held if seq.known > len(seq.table) * self.pool.block_tokens]
+            due += [seq for seq in full if seq.state == "prefill"]
+        while len(due) > self.pool.available:
+            victim = max(self.running.values(), key=lambda s: s.rank)
+            self.put_back(victim)
+            self.reserve.ran_short()
+            if victim in due:
+                due.remove(victim)
+        if not due:
+            return []
+        blocks, border = self.pool.take((), len(due)), self.step + self.pool.block_tokens
+        self.reserve.grew(due)
+        for seq, block in zip(due, blocks, strict=True):
+            seq.table.append(block)
+            seq.border = border
+        rows = [seq for seq in due if seq.state == "decode"] if self.held else due
+        self._borders.enter(border, rows)
+        return [Grow(seq.ask.sid, (seq.table[-1],)) for seq in rows]  # of one that was held, when it goes on
 
-    def _fill(self, now_ns: int) -> tuple[list[SeqStart], list[Chunk], int, int]:
-        """Prompt chunks for what the decode rows leave of the budget, in strict order."""
+    def _fill(self, budget: StepBudget, tried: list[int]) -> tuple[list[SeqStart], list[Chunk]]:
+        """Prompt chunks for what the decode rows leave of the budget, in strict order; none after one that was cut."""
         start: list[SeqStart] = []
         chunks: list[Chunk] = []
-        area = 0
-        budget = self.config.step_tokens - self.decode_rows
-        served = self._in_order(now_ns)
-        while budget > 0 and (seq := next(served, None)) is not None:
-            seq.chunk = min(budget, seq.known - seq.computed)
+        served = (self.running[sid] for sid in tried) if tried else self._in_order(budget)
+        while budget.left_tokens > 0 and (seq := next(served, None)) is not None:
+            left = seq.known - seq.computed
+            critical = seq.ask.priority == 0
+            seq.chunk = budget.most(seq.computed, left, critical)
+            if not seq.chunk:
+                break
             if not seq.told:
                 seq.told = True
                 start.append(SeqStart(seq.ask.sid, seq.computed, tuple(seq.table)))
             chunks.append(Chunk(seq.ask.sid, seq.chunk))
-            area += seq.chunk * (2 * seq.computed + seq.chunk)
-            budget -= seq.chunk
-            self._publish(now_ns, seq)
-            self._planned.append(seq)
-        return start, chunks, area, sum(c.tokens for c in chunks)
+            budget.take(seq.computed, seq.chunk, critical)
+            self._publish(seq)
+            self.planned.append(seq)
+            if seq.chunk < left:
+                break
+        start += self._resume()
+        return start, chunks
 
-    def _in_order(self, now_ns: int) -> Iterator[Sequence]:
+    def _resume(self) -> list[SeqStart]:
+        """Those that were held and have no chunk in this step: the runner hears where they stand."""
+        there = [seq for seq in self.held if seq.state == "prefill" and not seq.told]
+        self.held.clear()
+        for seq in there:
+            seq.told = True
+        return [SeqStart(seq.ask.sid, seq.computed, tuple(seq.table)) for seq in there]
+
+    def _in_order(self, budget: StepBudget) -> Iterator[Sequence]:
         """Who is in prefill, and each head of the waiting room that can be taken in, at its place among them.
 
         A blocked head stops all that wait behind it, but not those in prefill: they hold what it may be waiting for.
         """
         order: list[Sequence] = []
-        for seq in self.running.values():  # in the order in which they were taken in
-            if seq.state == "prefill":
-                order.insert(_place(order, seq), seq)
+        for seq in self._prefill.values():
+            order.insert(_place(order, seq), seq)
         at, blocked = 0, False
         while True:
             sid = None if blocked else self.room.head()
             if sid is not None and _place(order, head := self.sequences[sid]) <= at:
-                if self._admit(now_ns, head):
-                    order[at:] = [head, *(seq for seq in order[at:] if seq.state == "prefill")]  # without its victims
-                else:
-                    blocked = True
-                    continue
+                hits = self.pool.match(head.digests, head.known)
+                if not self._held_back(head, len(hits), order[at:]):
+                    if not budget.most(len(hits) * self.pool.block_tokens, head.known, not head.ask.priority):
+                        return  # no time for a single token of it: the step is full
+                    if self._admit(head, hits):
+                        order[at:] = [head, *(seq for seq in order[at:] if seq.state == "prefill")]  # not its victims
+                    else:
+                        blocked = True
+                        continue
             if at == len(order):
                 return
             yield order[at]
             at += 1
 
-    def _admit(self, now_ns: int, seq: Sequence) -> bool:
-        """A slot and blocks for all its known tokens, or nothing at all."""
-        hits = self.pool.match(seq.digests, seq.known)
-        fresh = ceil_div(seq.known, self.pool.block_tokens) - len(hits)
-        victims = [s for s in self.running.values() if s.ask.priority > seq.ask.priority and not s.chunk]
-        victims.sort(key=lambda s: s.rank)  # the last one pays first
-        if not self._could_make_room(seq, hits, fresh, victims):
+    def _held_back(self, head: Sequence, hits: int, unserved: list[Sequence]) -> bool:
+        if not unserved or not self.pool.enabled:
             return False
-        while not (self._slot_free(seq) and self._blocks_free(seq, self.pool.cost_of(hits, fresh))):
-            self._preempt(victims.pop())
-            hits = self.pool.match(seq.digests, seq.known)
-            fresh = ceil_div(seq.known, self.pool.block_tokens) - len(hits)
-        self.room.pop(seq)
+        return held_back(head, hits, unserved, self.pool.block_tokens, self.config.hold_back_tokens)
+
+    def _admit(self, seq: Sequence, hits: list[int]) -> bool:
+        """A slot and blocks for all its known tokens, or nothing at all."""
+        fresh = ceil_div(seq.known, self.pool.block_tokens) - len(hits)
+        if not (self._slot_free(seq) and self._blocks_free(seq, self.pool.cost_of(hits, fresh))):
+            if not any(self._running_of[seq.priority + 1 :]):
+                return False  # as nearly always under load: what runs need not be looked at
+            victims = [s for s in self.running.values() if s.priority > seq.priority and not s.chunk]
+            if not self._could_make_room(seq, hits, fresh, victims):
+                return False
+            victims.sort(key=lambda s: s.rank)  # the last one pays first
+            while not (self._slot_free(seq) and self._blocks_free(seq, self.pool.cost_of(hits, fresh))):
+                self.put_back(victims.pop())
+        self.room.pop(self._now_ns, seq)
         seq.table = self.pool.take(hits, fresh)
         seq.computed = len(hits) * self.pool.block_tokens
         seq.state = "prefill"
-        self.running[seq.ask.sid] = seq
-        self._critical_running += seq.ask.priority == 0
+        self.running[seq.ask.sid] = self._prefill[seq.ask.sid] = seq
+        self._running_of[seq.priority] += 1
+        self.reserve.entered(seq)
         if seq.first_ns is None:
-            seq.first_ns, seq.cached_tokens = now_ns, seq.computed
+            seq.first_ns, seq.cached_tokens = self._now_ns, seq.computed
             self.pool.count(seq.ask.prompt_tokens, seq.computed)
             self.room.charge_prompt(seq, seq.known - seq.computed)
-            self._seen(seq)
+            self.unseen.seen(seq)
         self._requeue(seq, seq.known - seq.computed)
         return True
 
     def _could_make_room(self, seq: Sequence, hits: list[int], fresh: int, victims: list[Sequence]) -> bool:
-        if not self._slot_free(seq) and not victims:
+        """Were all of ``victims`` put back, would it get in? Asked first, so that nobody pays for nothing."""
+        if not victims:
             return False
-        short = self.pool.cost_of(hits, fresh) + self._reserve_for_others(seq) - self.pool.available
+        kept = self.reserve.kept(seq, len(self.running) - len(victims), without=victims)
+        short = self.pool.cost_of(hits, fresh) + kept - self.pool.available
         if short <= 0:
             return True
         held = Counter(block for victim in victims for block in victim.table)
@@ -214,44 +243,30 @@ class Batcher:
         return short <= sum(self.pool.references(block) == count for block, count in held.items())
 
     def _slot_free(self, seq: Sequence) -> bool:
-        if seq.ask.priority == 0:
+        if seq.priority == 0:
             return len(self.running) < self.config.slots
-        others = len(self.running) - self._critical_running
+        others = len(self.running) - self._running_of[0]
         return len(self.running) < self.config.slots and others < self.config.slots - self.config.reserved_slots
 
     def _blocks_free(self, seq: Sequence, cost: int) -> bool:
-        return cost + self._reserve_for_others(seq) <= self.pool.available
+        return cost + self.reserve.kept(seq, len(self.running)) <= self.pool.available
 
-    def _reserve_for_others(self, seq: Sequence) -> int:
-        return 0 if seq.ask.priority == 0 else self.config.reserved_blocks
-
-    def _publish(self, now_ns: int, seq: Sequence) -> None:
+    def _publish(self, seq: Sequence) -> None:
         size = self.pool.block_tokens
         for index in range(seq.computed // size, min((seq.computed + seq.chunk) // size, len(seq.digests))):
             if self.pool.publish(seq.table[index], seq.digests[index]):
-                self._published.append(seq.table[index])
+                self.published.append(seq.table[index])
         if seq.computed + seq.chunk == seq.known:
-            self.pool.pin(now_ns, seq.table[: seq.ask.pinned_blocks])
+            self.pool.pin(self._now_ns, seq.table[: seq.ask.pinned_blocks])
 
     def _at_most(self, has_chunks: bool) -> int:
         """Steps until something must be decided: a block border, a token limit; one when anything waits."""
         if has_chunks or self.room.head() is not None:
             return 1
-        most = self.config.max_multi_steps
-        for calendar, last in ((self._borders, 0), (self._limits, 1)):
-            self._tidy(calendar)
-            if calendar:
-                most = min(most, calendar[0][0] - self.step + last)
-        return max(1, most)
-
-    def _tidy(self, calendar: list[tuple[int, int, int]]) -> None:
-        """Its first entry, if it has any, is of a sequence that still runs."""
-        while calendar:
-            _, sid, epoch = calendar[0]
-            seq = self.running.get(sid)
-            if seq is not None and seq.epoch == epoch:
-                return
-            heappop(calendar)
+        for ahead in range(1, self.config.max_multi_steps):
+            if self.step + ahead in self._borders or self.step + ahead - 1 in self._limits:
+                return ahead
+        return self.config.max_multi_steps
 
     # ------------------------------------------------------------ after a step
 
@@ -260,54 +275,46 @@ class Batcher:
         self.decode_kv += self.decode_rows * steps
         self.room.charge_outputs(steps)
         self.step += steps
-        self._published.clear()
+        if self.decode_rows:
+            self.reserve.went_well(steps)
+        self.published.clear()
         done: list[Sequence] = []
-        for seq in self._planned:
+        for seq in self.planned:
+            if not (seq.outputs and seq.known - seq.computed == 1):  # else a decode row that went as a chunk
+                seq.computed_tokens += seq.chunk
             seq.computed += seq.chunk
-            seq.computed_tokens += seq.chunk
             self._requeue(seq, seq.known - seq.computed)
             seq.chunk = 0
             if seq.computed == seq.known:
                 self._begin_decode(seq)
                 done.append(seq)
-        self._planned.clear()
+        if self.isolation.active:
+            self.isolation.passed([seq.ask.sid for seq in self.planned])
+        self.planned.clear()
         return done
 
     def _begin_decode(self, seq: Sequence) -> None:
         seq.state, seq.decode_from = "decode", self.step
+        del self._prefill[seq.ask.sid]
         self.room.begin_decode(seq)
         seq.known += 1
         seq.outputs += 1
         self.decode_rows += 1
         self.decode_kv += seq.known
-        capacity = len(seq.table) * self.pool.block_tokens
-        heappush(self._borders, (self.step + capacity - (seq.known - 1), seq.ask.sid, seq.epoch))
-        self._tidy(self._limits)  # under load nobody else looks at it: without this it would grow for ever
-        heappush(self._limits, (self.step + seq.ask.max_tokens - seq.outputs - 1, seq.ask.sid, seq.epoch))
+        seq.border = self.step + len(seq.table) * self.pool.block_tokens - (seq.known - 1)
+        seq.limit = self.step + seq.ask.max_tokens - seq.outputs - 1
+        self._borders.enter(seq.border, [seq])
+        self._limits.enter(seq.limit, [seq])
 
-    def fill(self, filled: Filled) -> None:
-        """A block of generated tokens has got its digest."""
-        seq = self.running.get(filled.sid)
-        if seq is None or filled.index < len(seq.digests):
-            return  # ended in the same step, or filled again after a preemption
-        assert filled.index == len(seq.digests), "filled: blocks fill in order"
-        seq.digests.append(filled.digest)
-        self.pool.publish(seq.table[filled.index], filled.digest)
-
-    def fail(self) -> list[Sequence]:
-        """The step in flight wrote nothing that may be trusted: unpublish, and name those that took part."""
-        for block in self._published:
-            self.pool.unpublish(block)
-        self._published.clear()
-        self._planned.clear()
-        self.decode_kv += self.decode_rows
-        self.step += 1
-        return [s for s in self.running.values() if s.state == "decode" or s.chunk]
-
-    def distrust(self, seq: Sequence) -> None:
-        """The model gave no number: nobody may find what it read or wrote, or the next one fails on it too."""
-        for block in seq.table:
-            self.pool.unpublish(block)
+    def fill(self, blocks: Iterable[Filled]) -> None:
+        """Blocks of generated tokens have got their digests."""
+        for filled in blocks:
+            seq, index = self.running.get(filled.sid), filled.index
+            if seq is None or index < len(seq.digests):
+                continue  # ended in the same step, or filled again after a preemption
+            assert index == len(seq.digests), "filled: blocks fill in order"
+            seq.digests.append(filled.digest)
+            self.pool.publish(seq.table[index], filled.digest)
 
     def outputs_of(self, seq: Sequence) -> int:
         """Tokens generated so far."""
@@ -315,15 +322,35 @@ class Batcher:
 
     # ------------------------------------------------------------ shared steps
 
-    def _preempt(self, seq: Sequence) -> None:
+    def put_back(self, seq: Sequence) -> None:
         """Off the hardware, back to its old place in the waiting room; its KV may be gone when it returns."""
         assert not seq.chunk, "preempt: never a sequence that this plan has already served"
         self._leave(seq)
         seq.preemptions += 1
-        seq.state = "waiting"
+        seq.state, seq.since_ns = "waiting", self._now_ns
         self._enqueue(seq)
 
+    def hold(self, seq: Sequence) -> None:
+        """Off the hardware with what it has computed; it goes on from there, in a step of our choosing."""
+        decoding, seq.chunk = seq.state == "decode", 0
+        self._off(seq)
+        if decoding:
+            seq.state, seq.computed = "prefill", seq.known - 1
+            self._prefill[seq.ask.sid] = seq
+        self.held.append(seq)
+        self._requeue(seq, seq.known - seq.computed)
+
     def _leave(self, seq: Sequence) -> None:
+        self._off(seq)
+        del self.running[seq.ask.sid]
+        self._prefill.pop(seq.ask.sid, None)
+        self.reserve.left(seq)
+        self._running_of[seq.priority] -= 1
+        self.pool.release(seq.table)
+        seq.table, seq.computed, seq.chunk = [], 0, 0
+
+    def _off(self, seq: Sequence) -> None:
+        """The runner is to forget that it runs, and its numbers are settled."""
         if seq.state == "decode":
             ran = self.step - seq.decode_from
             seq.known += ran
@@ -331,14 +358,11 @@ class Batcher:
             self.decode_rows -= 1
             self.decode_kv -= seq.known
             self.room.end_decode(seq)
-        del self.running[seq.ask.sid]
-        self._critical_running -= seq.ask.priority == 0
-        self.pool.release(seq.table)
-        seq.table, seq.computed, seq.chunk = [], 0, 0
-        seq.epoch += 1
+            self._borders.strike(seq.border, seq)
+            self._limits.strike(seq.limit, seq)
         if seq.told:
             seq.told = False
-            self._stop.append(seq.ask.sid)
+            self.stop.append(seq.ask.sid)
 
     def _enqueue(self, seq: Sequence) -> None:
         self._requeue(seq, seq.known)
@@ -348,10 +372,22 @@ class Batcher:
         self.queued_tokens += tokens - seq.queued
         seq.queued = tokens
 
-    def _seen(self, seq: Sequence) -> None:
-        unseen = self.unseen.get(seq.ask.traffic_class)
-        if unseen is not None:
-            unseen.pop(seq.ask.sid, None)
+    def check(self) -> None:
+        """Invariants of the books over all that runs; O(running)."""
+        running = self.running.values()
+        self.reserve.check(running, self.pool.available)
+        for priority, count in enumerate(self._running_of):
+            assert count == sum(seq.priority == priority for seq in running), "running: counted by priority"
+        in_prefill = {seq.ask.sid: seq for seq in running if seq.state == "prefill"}
+        assert self._prefill == in_prefill, "prefill: exactly those, however they came there"
+        borders, limits = self._borders.entries(), self._limits.entries()
+        for seq in running:
+            if seq.state == "decode":
+                room = len(seq.table) * self.pool.block_tokens - (seq.known - 1)
+                assert borders.pop(seq.ask.sid) == seq.decode_from + room, "border: where its table is full"
+                last = seq.ask.max_tokens - seq.outputs - 1
+                assert limits.pop(seq.ask.sid) == seq.decode_from + last, "limit: where it has all its tokens"
+        assert not borders and not limits, "calendars: rows that decode, and no others"
 
 
 def _place(order: list[Sequence], seq: Sequence) -> int:

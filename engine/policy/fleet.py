@@ -6,25 +6,26 @@ it back once: when the flight lands, or when its last rider has left, for a repl
 
 from __future__ import annotations
 
-from engine.config import GatewayConfig
-from engine.events import Arrive, Ended, Pressure
+from engine.config import ClassConfig, GatewayConfig
+from engine.events import Arrive, Ended, KvEvents, Pressure
 from engine.policy.breaker import Breaker, BreakerStats, Verdict, spread
 from engine.policy.flights import Flight, Seat
+from engine.policy.forecast import Forecast, ForecastStats
 from engine.policy.pressure import Pressures
 from engine.policy.router import Router, RouterStats
 from engine.units import S_NS
 from engine.values import Struct
 
 GOOD = ("stop", "length")
-BROKEN = ("failed", "lost")
 
 
 class FleetStats(Struct):
-    """Breakers by replica, the router's account, and the replicas that are there."""
+    """Breakers by replica, the router's account, the replicas that are there, and what is predicted of them."""
 
     breakers: tuple[BreakerStats, ...]
     router: RouterStats
     up: tuple[int, ...]
+    forecast: ForecastStats = ForecastStats((), (), 0)
 
 
 class Fleet:
@@ -35,7 +36,10 @@ class Fleet:
         self.breakers = [Breaker(config.breaker, spread(config.index * count + n, cuts)) for n in range(count)]
         self.router = Router(config.router, count, config.block_tokens)
         self.pressures = Pressures()
+        self.forecast = Forecast(count)
+        self._overload, self._classes = config.overload, config.classes
         self._up = dict.fromkeys(range(count))  # a set, in order
+        self._gone: dict[int, None] = {}  # for good
 
     def take(self, now_ns: int, ask: Arrive) -> Seat | None:
         """A seat on the replica that suits best, or None when no replica may be asked."""
@@ -47,21 +51,58 @@ class Fleet:
         assert permit is not None, "take: this breaker lets through"
         return Seat(replica, permit)
 
+    def late_ns(self, now_ns: int, ask: Arrive, cls: ClassConfig) -> int:
+        """By how much its first token would come too late, as predicted for the replica that would be chosen.
+
+        0: in time, or not known, or not to be asked: it is off, or the work is critical, which no guess turns away.
+        """
+        if not self._overload.predictive or cls.priority == 0:
+            return 0
+        open_ = [n for n in self._up if not self.breakers[n].retry_after_ns(now_ns)]
+        if not open_:
+            return 0
+        replica = self.router.choose(open_, ask)
+        wait_ns = self.forecast.ttft_ns(replica, cls.priority, self.router.to_compute(replica, ask))
+        late_ns = 0 if wait_ns is None else max(0, now_ns + wait_ns - ask.arrived_ns - cls.start_within_ns)
+        self.forecast.refused += late_ns > 0
+        return late_ns
+
+    def predicted_ns(self) -> dict[str, int]:
+        """Class -> time to first token of the next one, were all its prompt cached: at the best replica."""
+        if not self._overload.predicted_signal:
+            return {}
+        out: dict[str, int] = {}
+        for name, cls in self._classes.items():
+            known = [ns for n in self._up if (ns := self.forecast.ttft_ns(n, cls.priority, 0)) is not None]
+            if known:
+                out[name] = min(known)
+        return out
+
+    @property
+    def away(self) -> bool:
+        """No replica is there, but one is to come back."""
+        return not self._up and len(self._gone) < len(self.breakers)
+
     def refusal(self, now_ns: int) -> tuple[str, int]:
         """Why there was no seat, and how long that lasts at least: a code and nanoseconds."""
         if not self._up:
             return "replica_lost", S_NS
         return "breaker_open", min(self.breakers[n].retry_after_ns(now_ns) for n in self._up)
 
-    def sent(self, flight: Flight, ask: Arrive) -> None:
-        """Submitted just now."""
+    def sent(self, flight: Flight, ask: Arrive) -> int | None:
+        """Submitted just now. The predicted time to its first token, if a pace is known."""
         assert flight.seat is not None, "sent: it has a seat"
+        tokens = self.router.to_compute(flight.replica, ask)
+        predicted_ns = self.forecast.ttft_ns(flight.replica, flight.priority, tokens)
+        self.forecast.sent(flight.sid, flight.replica, flight.priority, tokens)
         self.pressures.sent(flight)
         self.router.sent(flight.sid, flight.replica, ask)
+        return predicted_ns
 
     def started(self, flight: Flight) -> None:
         """Its first token is out."""
         self.pressures.forget(flight.sid)
+        self.forecast.forget(flight.sid, flight.replica)
         self.router.started(flight.sid)
 
     def deserted(self, now_ns: int, flight: Flight, late: bool) -> None:
@@ -69,12 +110,13 @@ class Fleet:
         self._through(now_ns, flight, "cancelled" if not late else "slow" if flight.started else "hang")
 
     def landed(self, now_ns: int, flight: Flight, ended: Ended) -> None:
-        """Its end."""
+        """Its end. "lost" says nothing to the breaker: that replica is not asked any more, and a new one comes."""
         good = ended.reason in GOOD
-        self._through(now_ns, flight, "ok" if good else "fail" if ended.reason in BROKEN else "cancelled")
+        self._through(now_ns, flight, "ok" if good else "fail" if ended.reason == "failed" else "cancelled")
 
     def _through(self, now_ns: int, flight: Flight, verdict: Verdict) -> None:
         self.pressures.forget(flight.sid)
+        self.forecast.forget(flight.sid, flight.replica)
         self.router.ended(flight.sid)
         if flight.seat is not None:
             self.breakers[flight.replica].release(now_ns, flight.seat.permit, verdict)
@@ -84,25 +126,41 @@ class Fleet:
         """A replica's word."""
         if pressure.replica in self._up:
             self.pressures.hear(pressure)
+            self.forecast.hear(pressure)
             self.router.hear(pressure.replica, pressure.queued_tokens)
 
-    def lose(self, replica: int) -> None:
-        """It has died."""
+    def hear_kv(self, events: KvEvents) -> None:
+        """What its prefix cache holds has changed."""
+        if events.replica in self._up:
+            self.router.hear_kv(events.replica, events.stored, events.removed)
+
+    def lose(self, replica: int, for_good: bool = False) -> None:
+        """It has died, and is started anew unless that is for good."""
         self._up.pop(replica, None)
+        if for_good:
+            self._gone[replica] = None
         self.pressures.lose(replica)
+        self.forecast.lose(replica)
         self.router.lose(replica)
 
     def back(self, replica: int) -> None:
         """It has been started anew."""
+        self._gone.pop(replica, None)
         self._up[replica] = None
         self._up = dict.fromkeys(sorted(self._up))
 
     def stats(self) -> FleetStats:
         """A snapshot."""
-        return FleetStats(tuple(breaker.stats() for breaker in self.breakers), self.router.stats(), tuple(self._up))
+        return FleetStats(
+            tuple(breaker.stats() for breaker in self.breakers), self.router.stats(), tuple(self._up),
+            self.forecast.stats(),
+        )
 
-    def check(self) -> None:
-        """Invariants."""
-        for breaker in self.breakers:
+    def check(self, seated: list[Flight]) -> None:
+        """Invariants. ``seated``: the flights that hold a seat."""
+        for replica, breaker in enumerate(self.breakers):
             breaker.check()
+            permits = sum(flight.replica == replica for flight in seated)
+            assert breaker.stats().open_permits == permits, "permits: one for each flight that somebody waits for"
         self.router.check()
+        self.forecast.check()

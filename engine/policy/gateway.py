@@ -8,16 +8,12 @@ clock; what it decides is the same live and in the twin.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from heapq import heappop, heappush
-
 from engine.config import ClassConfig, GatewayConfig, LimiterConfig
 from engine.events import (
     Abort,
     Answer,
     Arrive,
     Attach,
-    BreakerRecord,
     Cancel,
     Drain,
     Ended,
@@ -25,6 +21,7 @@ from engine.events import (
     FirstToken,
     GatewayAction,
     GatewayEvent,
+    KvEvents,
     LevelRecord,
     Pressure,
     Record,
@@ -37,29 +34,19 @@ from engine.events import (
     Wake,
 )
 from engine.policy.answers import Answers
+from engine.policy.boundaries import Boundaries
 from engine.policy.breaker import Breaker, Verdict, spread
 from engine.policy.exact import Entry
 from engine.policy.fleet import GOOD, Fleet
 from engine.policy.flights import Flight, Flights, Seat
 from engine.policy.limiter import Limiter
-from engine.policy.overload import LevelChange, Overload
+from engine.policy.overload import Overload
+from engine.policy.patience import Patience
 from engine.policy.semantic import SemanticEntry, SemanticHit
-from engine.policy.trip import GatewayStats, Trip
+from engine.policy.trip import GatewayStats, Gone, Journey, Late, Look, Reply, Ride, Trip, Wait
 from engine.units import S_NS, ms_to_ns, s_to_ns
 
-Reply = Similar | FirstToken | Ended
-Journey = Generator[FindSimilar | Submit | Attach | None, Reply, None]
-Look = Generator[FindSimilar, Reply, Similar | None]
 ENCODER_SAYS: dict[str, Verdict] = {"ok": "ok", "late": "slow", "failed": "fail", "unfit": "ignored"}
-Ride = Generator[Submit | Attach | None, Reply, Ended]
-
-
-class _Gone(Exception):
-    """Thrown into a journey: the client has left."""
-
-
-class _Late(Exception):
-    """Thrown into a journey: its time is up."""
 
 
 class Gateway:
@@ -75,13 +62,12 @@ class Gateway:
         rate = config.overload.fallback_rps
         self.fallbacks = Limiter(LimiterConfig(rate_rps=rate, burst=max(1.0, rate)), {})
         self.overload = Overload(config.overload, config.classes)
-        self._boundaries = {"encoder": self.encoder}
-        self._boundaries |= {f"replica-{n}": breaker for n, breaker in enumerate(self.fleet.breakers)}
+        self._boundaries = Boundaries(self.encoder, self.fleet.breakers)
         self._now_ns = 0
         self._outbox: list[GatewayAction] = []
         self._journeys: dict[int, Journey] = {}
         self._trips: dict[int, Trip] = {}
-        self._deadlines: list[tuple[int, int]] = []
+        self.patience = Patience()
         self._draining = False
         self._arrived = self._ended = 0
 
@@ -101,29 +87,30 @@ class Gateway:
             case Pressure():
                 self.fleet.hear(event)
                 self._observe()
-            case ReplicaLost(replica=replica):
-                self.fleet.lose(replica)
+            case KvEvents():
+                self.fleet.hear_kv(event)
+            case ReplicaLost(replica=replica, for_good=for_good):
+                self.fleet.lose(replica, for_good)
                 self._observe()
             case ReplicaBack(replica=replica):
                 self.fleet.back(replica)
+                for rid in self.patience.rescue():
+                    self._resume(rid, event)
             case Cancel(rid=rid):
-                self._resume(rid, _Gone())
+                self._resume(rid, Gone())
             case Wake():
                 self._expire()
                 self._observe()
             case Drain():
                 self._draining = True
-        self._note_transitions()
+        self._outbox.extend(self._boundaries.moved())
         out, self._outbox = self._outbox, []
         return out
 
     def next_wake_ns(self) -> int | None:
         """The nearest deadline, or the end of the overload window."""
-        while self._deadlines and self._deadlines[0][1] not in self._trips:
-            heappop(self._deadlines)
-        due_ns = [self._deadlines[0][0]] if self._deadlines else []
-        level_ns = self.overload.next_wake_ns()
-        return min(due_ns if level_ns is None else [*due_ns, level_ns], default=None)
+        moments = (self.patience.next_ns(), self.overload.next_wake_ns())
+        return min((ns for ns in moments if ns is not None), default=None)
 
     # ------------------------------------------------------------ the way of one request
 
@@ -153,8 +140,12 @@ class Gateway:
                 return self._answer_similar(trip, hit)
             if self.overload.sheds(cls.priority):
                 return self._fall_back(trip, "overloaded", self.overload.calm_ns(cls.priority))
+            if late_ns := self.fleet.late_ns(self._now_ns, ask, cls):
+                return self._fall_back(trip, "overloaded", max(S_NS, late_ns))
             seat = self.fleet.take(self._now_ns, ask)
             if seat is None:
+                if (yield from self._outlast(trip)):
+                    continue
                 return self._fall_back(trip, *self.fleet.refusal(self._now_ns))
             ended = yield from self._lead(trip, seat)
             if trip.over or ended.reason != "lost" or self._is_lost(trip, ended):
@@ -168,6 +159,18 @@ class Gateway:
             return True
         trip.retried = True
         return False
+
+    def _outlast(self, trip: Trip) -> Wait:
+        """All replicas are away. Who was in flight when the last one died waits, while a start still makes sense.
+
+        So no more can wait than were in flight; newcomers are told at once. True: one is back.
+        """
+        until_ns = trip.ask.arrived_ns + trip.cls.start_within_ns
+        if not self.fleet.away or not trip.retried or trip.cls.fallback or until_ns <= self._now_ns:
+            return False
+        self.patience.strand(trip.ask.rid, until_ns)
+        event = yield None
+        return isinstance(event, ReplicaBack)
 
     def _makes_do(self, cls: ClassConfig) -> bool:
         """From level 1 on a sheddable class takes older and less similar answers rather than the model's time."""
@@ -185,7 +188,7 @@ class Gateway:
             return None
         try:
             similar = yield FindSimilar(ask.rid, ask.hard_key, ask.text_key, self.config.semantic.neighbours)
-        except (_Gone, _Late):
+        except (Gone, Late):
             self.encoder.release(self._now_ns, permit, "cancelled")
             raise
         assert isinstance(similar, Similar), "look: only Similar answers FindSimilar"
@@ -201,7 +204,8 @@ class Gateway:
         ask, cls = trip.ask, trip.cls
         flight = self.flights.lead(ask.rid, trip.key, cls.priority, ask.traffic_class, self._now_ns, seat)
         trip.leads, trip.replica = True, seat.replica
-        self.fleet.sent(flight, ask)
+        if (predicted_ns := self.fleet.sent(flight, ask)) is not None:
+            trip.predicted_ns = self._now_ns + predicted_ns
         ended = yield from self._ride(trip, flight, flight.ticket(ask, ask.arrived_ns + cls.start_within_ns))
         if ended.computed_tokens:
             trip.used_tokens = ask.prompt_tokens + ended.output_tokens
@@ -212,6 +216,7 @@ class Gateway:
     def _follow(self, trip: Trip, flight: Flight) -> Ride:
         """Ride on somebody else's computation."""
         self.flights.join(flight, trip.ask.rid)
+        trip.leads = False  # it may have led one that a replica's death ended
         if flight.started:
             trip.first_ns = self._now_ns
         return (yield from self._ride(trip, flight, Attach(trip.ask.rid, flight.sid)))
@@ -222,8 +227,8 @@ class Gateway:
         while True:
             try:
                 event = yield step
-            except (_Gone, _Late) as why:
-                self._get_off(trip, flight, late=isinstance(why, _Late))
+            except (Gone, Late) as why:
+                self._get_off(trip, flight, late=isinstance(why, Late))
                 step = None
                 continue
             if isinstance(event, Ended):
@@ -306,14 +311,14 @@ class Gateway:
         self._arrived += 1
         self._trips[ask.rid] = trip
         self._journeys[ask.rid] = self._journey(trip)
-        heappush(self._deadlines, (ask.arrived_ns + ms_to_ns(cls.timeout_ms), ask.rid))
+        self.patience.begin(ask.rid, ask.arrived_ns + ms_to_ns(cls.timeout_ms))
         self._advance(ask.rid, None)
 
-    def _resume(self, rid: int, value: Reply | _Gone | _Late) -> None:
+    def _resume(self, rid: int, value: Reply | Gone | Late) -> None:
         if rid in self._journeys:
             self._advance(rid, value)
 
-    def _advance(self, rid: int, value: Reply | _Gone | _Late | None) -> None:
+    def _advance(self, rid: int, value: Reply | Gone | Late | None) -> None:
         """Drive a journey to its next wait, or to its end."""
         journey, trip = self._journeys[rid], self._trips[rid]
         try:
@@ -325,8 +330,8 @@ class Gateway:
                 action = journey.send(value)
         except StopIteration:
             self._close(rid, trip)
-        except (_Gone, _Late) as why:  # it was waiting for something that needs no tidying up
-            if isinstance(why, _Late):
+        except (Gone, Late) as why:  # it was waiting for something that needs no tidying up
+            if isinstance(why, Late):
                 self._reject(trip, "deadline_exceeded", None)
             else:
                 trip.close(self._now_ns, "cancelled")
@@ -337,6 +342,7 @@ class Gateway:
 
     def _close(self, rid: int, trip: Trip) -> None:
         del self._journeys[rid], self._trips[rid]
+        self.patience.end(rid)
         self._ended += 1
         self.limiter.settle(self._now_ns, trip.ask.tenant, trip.reserved_tokens, trip.used_tokens)
         self._outbox.append(Record(trip.record()))
@@ -357,19 +363,14 @@ class Gateway:
                 self._resume(rid, event)
 
     def _expire(self) -> None:
-        while self._deadlines and self._deadlines[0][0] <= self._now_ns:
-            self._resume(heappop(self._deadlines)[1], _Late())
+        while due := self.patience.pop_due(self._now_ns):
+            rid, stranded = due
+            self._resume(rid, Wake() if stranded else Late())
 
     def _observe(self) -> None:
-        change: LevelChange | None = self.overload.observe(self._now_ns, self.fleet.pressures.oldest_ns())
+        change = self.overload.observe(self._now_ns, self.fleet.pressures.oldest_ns(), self.fleet.predicted_ns())
         if change is not None:
             self._outbox.append(Record(LevelRecord(self._now_ns, change.level, change.traffic_class, change.age_ns)))
-
-    def _note_transitions(self) -> None:
-        for boundary, breaker in self._boundaries.items():
-            for moved in breaker.transitions():
-                record = BreakerRecord(moved.at_ns, boundary, moved.before, moved.after, moved.why)
-                self._outbox.append(Record(record))
 
     # ------------------------------------------------------------ windows for others
 
@@ -384,13 +385,11 @@ class Gateway:
 
     def check(self) -> None:
         """Invariants."""
-        for part in (self.limiter, self.answers, self.flights, self.fleet, self.encoder, self.overload):
+        for part in (self.limiter, self.answers, self.flights, self.encoder, self.overload, self.patience):
             part.check()
+        self.fleet.check(self.flights.seated())
         assert self._journeys.keys() == self._trips.keys(), "journeys: every trip has one"
         assert self._arrived == self._ended + len(self._trips), "conservation: arrived = ended + in flight"
-        for replica, breaker in enumerate(self.fleet.breakers):
-            seated = sum(flight.replica == replica for flight in self.flights.seated())
-            assert breaker.stats().open_permits == seated, "permits: one for each flight that somebody waits for"
         assert not self._outbox, "outbox: empty between events"
 
 

@@ -64,8 +64,13 @@ class Overload:
         self._rises = self._falls = 0
         self._level_ns = [0] * LEVELS
 
-    def observe(self, now_ns: int, oldest_ns: dict[str, int]) -> LevelChange | None:
-        """``oldest_ns``: when the oldest waiting request of each class was sent. The change, if the level moved."""
+    def observe(
+        self, now_ns: int, oldest_ns: dict[str, int], predicted_ns: dict[str, int] | None = None
+    ) -> LevelChange | None:
+        """``oldest_ns``: when the oldest waiting request of each class was sent. The change, if the level moved.
+
+        ``predicted_ns``: how long the next one of a class would wait; it counts where longer, if somebody waits at all.
+        """
         if self._now_ns is None:
             self._now_ns = self._window_from_ns = now_ns
         now_ns = max(now_ns, self._now_ns)
@@ -74,7 +79,7 @@ class Overload:
         if not self._enabled:
             return None
         before = self.level
-        raw, traffic_class, age_ns = self._raw(now_ns, oldest_ns)
+        raw, traffic_class, age_ns = self._raw(now_ns, oldest_ns, predicted_ns or {})
         self._waits = bool(traffic_class)
         self._roll(now_ns, raw)
         if raw > self.level:
@@ -115,13 +120,13 @@ class Overload:
         ), "the current window holds the last observation"
         assert self._worst is None or self._worst <= self.level, "the level never lags behind what was seen"
 
-    def _raw(self, now_ns: int, oldest_ns: dict[str, int]) -> tuple[int, str, int]:
+    def _raw(self, now_ns: int, oldest_ns: dict[str, int], predicted_ns: dict[str, int]) -> tuple[int, str, int]:
         """Level that the ages alone call for, and who calls."""
         raw, traffic_class, age_ns = -1, "", 0
         for name, thresholds_ns, highest in self._rules:
             if (sent_ns := oldest_ns.get(name)) is None:
                 continue
-            waited_ns = max(0, now_ns - sent_ns)
+            waited_ns = max(0, now_ns - sent_ns, predicted_ns.get(name, 0))
             level = min(highest, sum(waited_ns >= threshold_ns for threshold_ns in thresholds_ns))
             if level > raw:
                 raw, traffic_class, age_ns = level, name, waited_ns

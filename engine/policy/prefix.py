@@ -38,6 +38,7 @@ class BlockPool:
 
     def __init__(self, config: PrefixConfig) -> None:
         self.enabled = config.enabled
+        self._news: dict[bytes, bool] | None = None  # digest -> findable now, unlike at the last drain
         self.block_tokens = config.block_tokens
         n = self.total = int(config.blocks)
         self.pin_cap, self._pin_ttl_ns = config.pinned_blocks, s_to_ns(config.pin_ttl_s)
@@ -102,6 +103,7 @@ class BlockPool:
         assert self._refs[block] > 0 and self._digest[block] is None, "publish: block must be in use and unnamed"
         self._digest[block] = digest
         self._block_of[digest] = block
+        self._note(digest, True)
         return True
 
     def unpublish(self, block: int) -> None:
@@ -111,6 +113,7 @@ class BlockPool:
             assert self._refs[block] > 0, "unpublish: only while its step still holds it"
             del self._block_of[digest]
             self._digest[block] = None
+            self._note(digest, False)
         if self._pins.pop(block, None) is not None:
             self._drop_reference(block)
 
@@ -141,7 +144,35 @@ class BlockPool:
             del self._pins[block]
             self._drop_reference(block)
 
+    # ------------------------------------------------------------ what a router hears
+
+    def listen(self) -> None:
+        """From now on what changes is noted, for whoever calls ``drain``."""
+        self._news = {}
+
+    def drain(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """Digests that are findable and were not at the last call, and the reverse. What came and went is in neither.
+
+        O(changes), and never more than two digests for each block.
+        """
+        if not self._news:
+            return (), ()
+        news, self._news = self._news, {}
+        return tuple(d for d, found in news.items() if found), tuple(d for d, found in news.items() if not found)
+
+    def _note(self, digest: bytes, found: bool) -> None:
+        if self._news is None:
+            return
+        if digest in self._news:
+            del self._news[digest]  # back to what was last said
+        else:
+            self._news[digest] = found
+
     # ------------------------------------------------------------ windows for others
+
+    def holds(self, digest: bytes) -> bool:
+        """Would it be found?"""
+        return digest in self._block_of
 
     def references(self, block: int) -> int:
         """How many tables and pins hold the block."""
@@ -175,6 +206,8 @@ class BlockPool:
         for digest, block in self._block_of.items():
             assert self._digest[block] == digest, "index: points only to blocks with that digest"
         assert sum(d is not None for d in self._digest) == len(self._block_of), "index: every named block is found"
+        for digest, found in (self._news or {}).items():
+            assert found == (digest in self._block_of), "news: what is true now"
         assert self._evictable == sum(self._digest[b] is not None for b in unused), "evictable: unused and named"
 
     # ------------------------------------------------------------ the list
@@ -187,6 +220,7 @@ class BlockPool:
         if digest is not None:
             del self._block_of[digest]
             self._digest[block] = None
+            self._note(digest, False)
             self._evictions += 1
         self._refs[block] = 1
         return block

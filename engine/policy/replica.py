@@ -14,16 +14,21 @@ from engine.events import (
     Ended,
     EndReason,
     FirstToken,
+    KvEvents,
     Plan,
     Pressure,
     ReplicaAction,
     ReplicaEvent,
+    RunStep,
     StepDone,
     StepFailed,
     Submit,
     Waiting,
 )
+from engine.policy.backlog import Backlog
 from engine.policy.batcher import Batcher
+from engine.policy.faults import distrust, fail, separate
+from engine.policy.pace import Pace
 from engine.policy.prefix import PrefixStats
 from engine.policy.sequence import Sequence
 from engine.values import Struct
@@ -47,7 +52,12 @@ class Replica:
     def __init__(self, config: ReplicaConfig) -> None:
         self.config = config
         self.batcher = Batcher(config)
-        self._in_step = False
+        if config.kv_events:
+            self.batcher.pool.listen()
+        self.backlog, self.pace = Backlog(self.batcher.pool), Pace()
+        self._step: RunStep | None = None  # in flight
+        self._began_ns = 0
+        self._full = False  # it leaves something waiting
         self._draining = False
         self._acked_sid = -1
         self._ended = self._preemptions = 0
@@ -63,11 +73,9 @@ class Replica:
                 if seq := self.batcher.sequences.get(sid):
                     self._end(seq, "aborted", out)
             case StepDone():
-                self._step_done(event, out)
+                self._step_done(now_ns, event, out)
             case StepFailed():
-                self._in_step = False
-                for seq in self.batcher.fail():
-                    self._end(seq, "failed", out)
+                self._step_failed(out)
             case Plan():
                 self._plan(now_ns, out)
             case Drain():
@@ -91,35 +99,63 @@ class Replica:
             out.append(Ended(ask.sid, "failed"))
         else:
             self.batcher.add(ask)
+            self.backlog.look((self.batcher.sequences[ask.sid],))
 
-    def _step_done(self, done: StepDone, out: list[ReplicaAction]) -> None:
-        assert self._in_step, "done: only a planned step can be done"
-        self._in_step = False
+    def _step_done(self, now_ns: int, done: StepDone, out: list[ReplicaAction]) -> None:
+        assert self._step is not None, "done: only a planned step can be done"
+        step, self._step = self._step, None
+        self.pace.add(step.shape.prefill_tokens, now_ns - self._began_ns, self._full)
         self.batcher.settle(done.steps)
         for sid in done.first:
             seq = self.batcher.sequences[sid]
             out.append(FirstToken(sid, seq.queue_ns, seq.cached_tokens))
-        for filled in done.filled:
-            self.batcher.fill(filled)
+        self.batcher.fill(done.filled)
         for end in done.ended:
             seq = self.batcher.sequences[end.sid]
             if end.reason == "failed":
-                self.batcher.distrust(seq)
+                distrust(self.batcher, seq)
             self._end(seq, end.reason, out)
+        separate(self.batcher)
+        self._look(step, all_that_run=any(end.reason == "failed" for end in done.ended))
+
+    def _step_failed(self, out: list[ReplicaAction]) -> None:
+        """Nobody in it has a token. Only a sequence that raises alone has failed."""
+        assert self._step is not None, "failed: only a planned step can fail"
+        step, self._step = self._step, None
+        if (guilty := fail(self.batcher, step)) is not None:
+            self._end(guilty, "failed", out)
+        self._look(step, all_that_run=True)
 
     def _plan(self, now_ns: int, out: list[ReplicaAction]) -> None:
-        assert not self._in_step, "plan: one step at a time"
+        assert self._step is None, "plan: one step at a time"
         for seq in self.batcher.expire(now_ns):
             self._report(seq, "deadline", 0, out)
         step = self.batcher.plan(now_ns)
         assert step is not None or not self.batcher.sequences, "liveness: what waits runs when nothing else does"
         if step is not None:
-            self._in_step = True
+            self._look(step)
+            self._step, self._began_ns = step, now_ns
+            self._full = sum(self.backlog.tokens) > step.shape.prefill_tokens
             out.append(step)
+        stored, removed = self.batcher.pool.drain()
+        if stored or removed:
+            out.append(KvEvents(self.config.index, stored, removed))
         pressure = self._pressure()
         if pressure != self._told:
             self._told = pressure
             out.append(pressure)
+
+    def _look(self, step: RunStep, all_that_run: bool = False) -> None:
+        """Whose prompts got on, were taken in or put back: by ``step``, or by what came of it."""
+        batcher = self.batcher
+        if not (all_that_run or step.start or step.chunks or step.stop or batcher.stop or batcher.held):
+            return  # pure decode
+        if all_that_run:
+            self.backlog.look(batcher.sequences.values())
+            return
+        sids = (*step.stop, *batcher.stop, *(start.sid for start in step.start), *(c.sid for c in step.chunks))
+        self.backlog.look(seq for sid in sids if (seq := batcher.sequences.get(sid)))
+        self.backlog.look(batcher.held)
 
     # ------------------------------------------------------------ what others hear
 
@@ -133,6 +169,7 @@ class Replica:
     def _report(self, seq: Sequence, reason: EndReason, outputs: int, out: list[ReplicaAction]) -> None:
         self._ended += 1
         self._preemptions += seq.preemptions
+        self.backlog.look((seq,))
         out.append(
             Ended(
                 seq.ask.sid, reason, computed_tokens=seq.computed_tokens, cached_tokens=seq.cached_tokens,
@@ -143,11 +180,15 @@ class Replica:
     def _pressure(self) -> Pressure:
         batcher = self.batcher
         waiting = tuple(
-            Waiting(name, len(unseen), batcher.oldest_ns(name)) for name, unseen in batcher.unseen.items() if unseen
+            Waiting(name, len(sent), batcher.unseen.oldest_ns(name))
+            for name, sent in batcher.unseen.classes.items()
+            if sent
         )
         return Pressure(
             replica=self.config.index, acked_sid=self._acked_sid, running=len(batcher.running), waiting=waiting,
             queued_tokens=batcher.queued_tokens, free_blocks=batcher.pool.available,
+            backlog_tokens=tuple(self.backlog.tokens) if self.config.forecast else (),
+            prefill_tps=self.pace.tps() if self.config.forecast else 0,
         )
 
     def stats(self) -> ReplicaStats:
@@ -187,9 +228,12 @@ class Replica:
                 room = len(seq.table) * pool.block_tokens
                 assert seq.known - 1 + batcher.step - seq.decode_from <= room, "table: holds all that was computed"
         assert batcher.queued_tokens == sum(s.queued for s in batcher.sequences.values()), "queue: the sum of its parts"
+        batcher.check()
+        self.backlog.check(batcher.sequences)
         batcher.room.check(batcher.sequences)
-        unseen = {sid for per_class in batcher.unseen.values() for sid in per_class}
+        batcher.isolation.check()
+        unseen = {sid for per_class in batcher.unseen.classes.values() for sid in per_class}
         never = {s.ask.sid for s in batcher.sequences.values() if s.first_ns is None}
         assert unseen == never, "unseen: exactly those that no step has held"
-        if self._in_step:
+        if self._step is not None:
             assert batcher.running, "step: somebody runs in it"

@@ -2,16 +2,17 @@
 
 Ahead of a request lies what this gateway has sent there and not seen done, or what the replica itself says is queued,
 whichever is more. Of its own prompt, what the replica has in its prefix cache is free; the router remembers which
-blocks it sent where, as far as that fits, and guesses the rest. A replica that is far behind the others is not asked
-for what it remembers: a popular prompt would keep it there. The gateway's own account is never stale, so there is no
-need for the two random choices that polled statistics call for. Method: NVIDIA Dynamo's cost (blocks to prefill plus
+blocks it sent where, as far as that fits, and guesses the rest. With KV events it need not guess: it knows what is
+there, and counts as there what an open submission is about to compute. A replica that is far behind the others is not
+asked for what it remembers: a popular prompt would keep it there. The gateway's own account is never stale, so there is
+no need for the two random choices that polled statistics call for. Method: NVIDIA Dynamo's cost (blocks to prefill plus
 blocks in decode, predicted when routing), Ray Serve's rule (affinity only while balanced).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.config import RouterConfig
@@ -36,7 +37,9 @@ class _Lane:
     said_tokens: int = 0  # its own word on all gateways' prompts
     sent: int = 0
     affine_tokens: int = 0
-    blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # least recently sent first
+    blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # guessed; least recently sent first
+    cached: set[bytes] = field(default_factory=set)  # told by events
+    coming: dict[bytes, int] = field(default_factory=dict)  # by how many open submissions without a token yet
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class _Load:
     replica: int
     prompt_tokens: int  # 0 once the first token is out
     answer_tokens: int
+    coming: tuple[bytes, ...] = ()  # its prompt's blocks, with events and until the first token is out
 
 
 class Router:
@@ -53,6 +57,7 @@ class Router:
         self._config, self._block_tokens = config, block_tokens
         self._lanes = [_Lane() for _ in range(replicas)]
         self._loads: dict[int, _Load] = {}  # by sid
+        self._events = config.kv_events and replicas > 1  # as ``config.replica_config`` has them sent
 
     def choose(self, candidates: Sequence[int], ask: Arrive) -> int:
         """The replica of ``candidates`` (one at least) with the least to do before this request is through."""
@@ -70,6 +75,11 @@ class Router:
         lane.sent += 1
         lane.affine_tokens += ask.prompt_tokens - load.prompt_tokens
         lane.ahead_tokens += load.prompt_tokens + load.answer_tokens
+        if self._events:
+            load.coming = ask.blocks
+            for block in ask.blocks:
+                lane.coming[block] = lane.coming.get(block, 0) + 1
+            return
         for block in reversed(ask.blocks):  # a chain is forgotten from its end
             lane.blocks[block] = None
             lane.blocks.move_to_end(block)
@@ -81,20 +91,29 @@ class Router:
         if load := self._loads.get(sid):
             self._lanes[load.replica].ahead_tokens -= load.prompt_tokens
             load.prompt_tokens = 0
+            self._arrived(load)
 
     def ended(self, sid: int) -> None:
         """It is through, or given up."""
         if load := self._loads.pop(sid, None):
             self._lanes[load.replica].ahead_tokens -= load.prompt_tokens + load.answer_tokens
+            self._arrived(load)
 
     def hear(self, replica: int, queued_tokens: int) -> None:
         """A replica's own word on what it has queued, whoever sent it."""
         self._lanes[replica].said_tokens = queued_tokens
 
+    def hear_kv(self, replica: int, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
+        """A replica's own word on what became findable in its prefix cache, and what no longer is."""
+        cached = self._lanes[replica].cached
+        cached.difference_update(removed)
+        cached.update(stored)
+
     def lose(self, replica: int) -> None:
         """Its queue and its prefix cache are gone; its submissions end one by one."""
         self._lanes[replica].said_tokens = 0
         self._lanes[replica].blocks.clear()
+        self._lanes[replica].cached.clear()
 
     def stats(self) -> RouterStats:
         """A snapshot."""
@@ -110,11 +129,26 @@ class Router:
             mine = [load for load in self._loads.values() if load.replica == replica]
             ahead = sum(load.prompt_tokens + load.answer_tokens for load in mine)
             assert lane.ahead_tokens == ahead, "work: the running sum is the sum of what is open"
+            assert lane.coming == Counter(block for load in mine for block in load.coming), "coming: until it is there"
             assert len(lane.blocks) <= self._config.remembered_blocks, "memory: bounded"
+
+    def _arrived(self, load: _Load) -> None:
+        """Its prompt is computed, and its events were heard, or it never will be."""
+        coming = self._lanes[load.replica].coming
+        for block in load.coming:
+            if coming[block] == 1:
+                del coming[block]
+            else:
+                coming[block] -= 1
+        load.coming = ()
 
     @staticmethod
     def _ahead(lane: _Lane) -> int:
         return max(lane.ahead_tokens, lane.said_tokens)
+
+    def to_compute(self, replica: int, ask: Arrive) -> int:
+        """Prompt tokens that a replica would compute for it, going by what is known of its cache."""
+        return self._to_compute(self._lanes[replica], ask)
 
     def _to_compute(self, lane: _Lane, ask: Arrive) -> int:
         """Prompt tokens not remembered to be there. The last token is always computed."""
@@ -122,7 +156,7 @@ class Router:
             return ask.prompt_tokens
         known = 0
         for block in ask.blocks:
-            if block not in lane.blocks:
+            if not (block in lane.cached or block in lane.coming or block in lane.blocks):
                 break
             known += self._block_tokens
         return max(ask.prompt_tokens - known, 1)

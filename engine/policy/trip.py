@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from engine.config import ClassConfig
-from engine.events import Arrive, Ended, Outcome, RequestRecord, Tier
+from engine.events import (
+    Arrive,
+    Attach,
+    Ended,
+    FindSimilar,
+    FirstToken,
+    Outcome,
+    ReplicaBack,
+    RequestRecord,
+    Similar,
+    Submit,
+    Tier,
+    Wake,
+)
 from engine.policy.breaker import BreakerStats
 from engine.policy.exact import ExactStats
 from engine.policy.fleet import FleetStats
@@ -14,6 +28,20 @@ from engine.policy.limiter import LimiterStats
 from engine.policy.overload import OverloadStats
 from engine.policy.semantic import SemanticStats
 from engine.values import Struct
+
+Reply = Similar | FirstToken | Ended | ReplicaBack | Wake  # what a journey waits for
+Journey = Generator[FindSimilar | Submit | Attach | None, Reply, None]
+Look = Generator[FindSimilar, Reply, Similar | None]
+Ride = Generator[Submit | Attach | None, Reply, Ended]
+Wait = Generator[None, Reply, bool]
+
+
+class Gone(Exception):
+    """Thrown into a journey: the client has left."""
+
+
+class Late(Exception):
+    """Thrown into a journey: its time is up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +64,7 @@ class Trip:
     outcome: Outcome | None = None
     error_code: str | None = None
     first_ns: int | None = None
+    predicted_ns: int | None = None  # when its first token was expected, when it was submitted
     end_ns: int = 0
     answer_id: str = ""
     output_tokens: int = 0
@@ -70,6 +99,7 @@ class Trip:
             outcome=self.outcome, level=self.level, tier=self.tier, error_code=self.error_code,
             prompt_tokens=ask.prompt_tokens, cached_tokens=self.cached_tokens, computed_tokens=self.computed_tokens,
             output_tokens=self.output_tokens, queue_ns=self.queue_ns, preemptions=self.preemptions,
+            predicted_ttft_ns=None if self.predicted_ns is None else self.predicted_ns - ask.arrived_ns,
             ttft_ns=None if self.first_ns is None else self.first_ns - ask.arrived_ns,
             e2e_ns=self.end_ns - ask.arrived_ns, replica=self.replica, answer_id=self.answer_id,
             cosine_millionths=self.cosine_millionths, source="" if self.leads else self.source,

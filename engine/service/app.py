@@ -43,6 +43,7 @@ from engine.service.openai import (
     error_object,
 )
 from engine.service.sse import Listener, Receive, Send, Wording, event, send_stream
+from engine.service.stream import joined
 from engine.units import S_NS, ceil_div
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 UNBUFFERED = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))  # proxies: pass each event on at once
 CACHE_TIERS = ("exact", "semantic", "approximate")
 ENCODER_MODEL = "minilm"
+FAKE_MODEL = "fake"
 ENCODE_WITHIN_S = 10.0  # all texts of one request
 
 WHY = {
@@ -265,7 +267,7 @@ class App:
         with self._room():
             name = self._class_of(exchange, tenant)
             ask = decode_chat(await exchange.body(self._limits))
-            check_model(ask.model, self._model, DEFAULT_MODEL)
+            self._check(ask)
             facts, prompt = self._facts.arrive(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.conversation(), ask.params(),
                 ask.token_limit, exchange.arrived_ns,
@@ -277,12 +279,19 @@ class App:
         with self._room():
             name = self._class_of(exchange, tenant)
             ask = decode_completion(await exchange.body(self._limits))
-            check_model(ask.model, self._model, DEFAULT_MODEL)
+            self._check(ask)
             facts, prompt = self._facts.complete(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.text, ask.params(),
                 ask.token_limit, exchange.arrived_ns,
             )
             await self._answer(exchange, ask, facts, prompt, "", TextWording)
+
+    def _check(self, ask: Sampled) -> None:
+        """Whether the model that is served here can do what is asked."""
+        check_model(ask.model, self._model, DEFAULT_MODEL)
+        if ask.wants_logprobs is not None and self._model == FAKE_MODEL:
+            why = "logprobs is not supported here: the fake model has no probabilities"
+            raise RequestError("invalid_request", why, "logprobs")
 
     async def _embed(self, exchange: Exchange) -> None:
         """Straight to the encoder: no class, no cache, no overload level; the tenant's limit holds here too."""
@@ -329,12 +338,12 @@ class App:
             wording.prefix + exchange.request_id, int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage
         )
         async with Listener(stream, exchange.receive, self._driver.cancel) as listener:
-            text = await listener.read()  # the status depends on whether there is any
+            piece = await listener.read()  # the status depends on whether there is any
             if not ask.stream:
-                pieces = [text]
-                while text and (text := await listener.read()):
-                    pieces.append(text)
-                text = "".join(pieces)
+                pieces = [piece]
+                while piece and (piece := await listener.read()):
+                    pieces.append(piece)
+                piece = joined(pieces)
             if listener.gone:
                 return
             if isinstance(stream.end, Reject):
@@ -346,9 +355,9 @@ class App:
                 headers += provenance(stream.end)
             if ask.stream:
                 await exchange.start(200, [EVENT_STREAM, *UNBUFFERED, *headers])
-                await send_stream(exchange.send, listener, text, words, refusal)
+                await send_stream(exchange.send, listener, piece, words, refusal)
             else:
-                await exchange.whole(200, words.whole(text, stream), headers)
+                await exchange.whole(200, words.whole(piece, stream), headers)
 
 
 def check_model(asked: str, *names: str) -> None:

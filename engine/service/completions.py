@@ -25,12 +25,15 @@ from engine.service.openai import (
     check_stream_options,
     decode_body,
     encode_json,
+    finite,
     refuse_unsupported,
+    spelt,
 )
 from engine.service.similar import Done, Word
 from engine.service.sse import Wording
-from engine.service.stream import ClientStream
+from engine.service.stream import ClientStream, Logged, Piece
 
+MAX_LOGPROBS = 5  # OpenAI's limit here
 MAX_INPUTS = 256  # texts in one embedding request: the encoder serves the gateway's own lookups too
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -41,8 +44,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "stop": ([],),
-    "logprobs": (),  # 0 asks for those of the chosen tokens
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -53,12 +54,11 @@ class CompletionRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_onl
     """The body of a request; ``decode_completion`` makes it."""
 
     prompt: Text | Annotated[list[Text], Meta(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     n: Any = None
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
-    stop: Any = None
-    logprobs: Any = None
     logit_bias: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
@@ -68,13 +68,30 @@ class CompletionRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_onl
         """The one prompt."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
+    @property
+    def wants_logprobs(self) -> int | None:
+        """See ``Sampled``."""
+        return self.logprobs
+
+
+class TextLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """Of the tokens of an answer, or of a piece of it; one entry a token in each list.
+
+    ``top_logprobs``: the likeliest and the one that came, which may be one more. ``text_offset``: characters before it.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
 
 class TextChoice(msgspec.Struct, frozen=True, gc=False):
     """The one answer, or a piece of it."""
 
     text: str
     finish_reason: str | None = None
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     index: int = 0
 
 
@@ -94,21 +111,33 @@ class TextWording(Wording):
 
     prefix = "cmpl-"
 
-    def whole(self, text: str, stream: ClientStream) -> bytes:
+    def whole(self, piece: Piece, stream: ClientStream) -> bytes:
         """The completion object."""
-        return encode_json(self.chunk((self.piece(text, stream.reason),), self.usage(stream)))
+        return encode_json(self.chunk((self.choice(piece, stream.reason),), self.usage(stream)))
 
-    def first(self, text: str) -> bytes:
+    def first(self, piece: Piece) -> bytes:
         """The text that is there already, if any: there is no role to tell."""
-        return self.more(text) if text else b""
+        return self.more(piece) if piece else b""
 
-    def piece(self, text: str, reason: str | None = None) -> TextChoice:
+    def choice(self, piece: Piece, reason: str | None = None) -> TextChoice:
         """More text, or why there is no more."""
-        return TextChoice(text, reason)
+        return TextChoice(piece.text, reason, text_logprobs(piece.logprobs))
 
     def chunk(self, choices: tuple[TextChoice, ...], usage: Usage | UnsetType | None) -> TextCompletion:
         """One event's object."""
         return TextCompletion(self.id, self.created, self.model, choices, usage)
+
+
+def text_logprobs(logs: tuple[Logged, ...]) -> TextLogprobs | None:
+    """In a completion's words; None where there are none."""
+    if not logs:
+        return None
+    return TextLogprobs(
+        [spelt(log.token) for log in logs],
+        [finite(log.logprob) for log in logs],
+        [{spelt(token): finite(value) for token, value in (*log.top, (log.token, log.logprob))} for log in logs],
+        [log.offset for log in logs],
+    )
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

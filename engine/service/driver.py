@@ -42,6 +42,7 @@ from engine.model.tokenizer import Detokenizer
 from engine.model.wire import Output, ToReplica, Work
 from engine.policy.gateway import Gateway
 from engine.service.similar import FRESH, Done, SimilarQuestions
+from engine.service.stops import cut
 from engine.service.stream import ClientStream, StoredAnswer, Tape
 from engine.units import S_NS, ms_to_ns
 
@@ -152,9 +153,9 @@ class GatewayDriver:
         """Clients that wait for an answer."""
         return len(self._streams)
 
-    def lose(self, replica: int) -> None:
+    def lose(self, replica: int, for_good: bool = False) -> None:
         """It has died: what it was computing ends now, rather than never."""
-        self.deliver(ReplicaLost(replica))
+        self.deliver(ReplicaLost(replica, for_good))
         self.hear(Output([Ended(sid, "lost") for sid, where in self._replica_of.items() if where == replica]))
 
     def welcome(self, replica: int) -> None:
@@ -172,9 +173,10 @@ class GatewayDriver:
 
     def hear(self, output: Output) -> None:
         """One turn of a replica: text first, then what happened."""
+        logprobs = dict(output.logprobs)
         for sid, ids in output.tokens:
-            if tape := self._tapes.get(sid):
-                tape.record(ids)
+            if (tape := self._tapes.get(sid)) and tape.record(ids, logprobs.get(sid, ())):
+                self._link.send(self._replica_of[sid], Abort(sid))  # a stop string: only here is there a text
         for event in output.events:
             if isinstance(event, Ended):
                 event = self._with_text(event)
@@ -183,11 +185,11 @@ class GatewayDriver:
     def _with_text(self, event: Ended) -> Ended:
         tape = self._tapes[event.sid]
         tape.close(event.reason, event.cached_tokens)
-        if event.reason not in ("stop", "length"):
+        if tape.reason not in ("stop", "length"):
             return event
-        raw = tape.text.encode()
+        raw, outputs = tape.text.encode(), tape.tokens if tape.cut else event.output_tokens
         return Ended(
-            event.sid, event.reason, event.computed_tokens, event.cached_tokens, event.output_tokens, event.queue_ns,
+            event.sid, tape.reason, event.computed_tokens, event.cached_tokens, outputs, event.queue_ns,
             event.preemptions, answer_id=self._hasher.digest("answer", raw).hex(), answer_bytes=len(raw),
         )
 
@@ -235,7 +237,7 @@ class GatewayDriver:
         match action:
             case Submit(sid=sid, rid=rid):
                 payload = self._payloads[rid]
-                tape = self._tapes[sid] = Tape(self._detokenizer())
+                tape = self._tapes[sid] = Tape(self._detokenizer(), payload.params.stop)
                 self._replica_of[sid] = action.replica
                 self._listen(tape, rid, "model")
                 self._link.send(action.replica, Work(action, payload.prompt, payload.params))
@@ -278,7 +280,7 @@ class GatewayDriver:
         if isinstance(end, Answer) and end.tier not in ("model", "coalesced"):
             answer = self._answers[end.answer_id]
             stream.reason = answer.reason
-            stream.push(answer.text, answer.tokens)
+            stream.push(cut(answer.text, self._payloads[end.rid].params.stop), answer.tokens)
         stream.finish(end)
         self._forget(end.rid)
 

@@ -156,10 +156,16 @@ class FactMaker:
 
 
 def _how(params: SamplingParams) -> str:
-    """How an answer is drawn, as far as it can be drawn again; "" when it cannot."""
+    """How an answer is drawn and where it is cut, as far as it can be had again; "" when it cannot.
+
+    Log-probabilities are not kept with an answer, so whoever asks for them has one computed for himself.
+    """
+    if params.logprobs is not None:
+        return ""
+    ends = f"{params.ignore_eos} {sorted(set(params.stop))}"
     if not params.temperature:
-        return f"greedy {params.ignore_eos}"  # whatever top_p and seed say
-    return f"{params.temperature!r} {params.top_p!r} {params.seed} {params.ignore_eos}" if params.seed else ""
+        return f"greedy {ends}"  # whatever top_k, top_p and seed say
+    return f"{params.temperature!r} {params.top_k} {params.top_p!r} {params.seed} {ends}" if params.seed else ""
 
 
 def question_of(messages: Messages) -> str:

@@ -69,6 +69,7 @@ class Metrics:
             for index in range(scenario.replicas)
         }  # a replica that has said nothing was never given anything
         self._ttft, self._e2e, self._queue = ({name: Histogram() for name in self._classes} for _ in range(3))
+        self._missed = {(name, side): Histogram() for name in self._classes for side in ("early", "late")}
         self._tiers: Counter[tuple[str, str]] = Counter()
         self._outcomes: Counter[tuple[str, str, str]] = Counter()
         self._refused: Counter[str] = Counter()
@@ -100,6 +101,9 @@ class Metrics:
             self._e2e[name].add(record.e2e_ns)
         if record.ttft_ns is not None:
             self._ttft[name].add(record.ttft_ns)
+            if record.predicted_ttft_ns is not None:
+                error_ns = record.ttft_ns - record.predicted_ttft_ns
+                self._missed[name, "late" if error_ns > 0 else "early"].add(abs(error_ns))
         if record.computed_tokens:  # it led a submission, and a step has held it
             self._queue[name].add(record.queue_ns)
             self._admitted_tokens += record.prompt_tokens
@@ -131,6 +135,13 @@ class Metrics:
             for traffic_class, histogram in per_class.items():
                 family.add_metric([traffic_class], histogram.buckets(), histogram.sum_ns / S_NS)
             yield family
+        error = HistogramMetricFamily(
+            PREFIX + "ttft_prediction_error_seconds", "Between predicted and actual first token, and which side.",
+            labels=["traffic_class", "side"],
+        )
+        for (traffic_class, side), histogram in self._missed.items():
+            error.add_metric([traffic_class, side], histogram.buckets(), histogram.sum_ns / S_NS)
+        yield error
 
     def _replica_gauges(self, pressure: dict[int, Pressure]) -> Iterator[Metric]:
         running = _gauge("num_requests_running", "Requests that hold a slot.", "replica")

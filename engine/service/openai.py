@@ -1,7 +1,7 @@
 """The wire types of ``/v1/chat/completions`` and ``/v1/models``, and how any body becomes a request.
 
-Strict: what cannot be honoured is refused by name, never ignored, because a client that asked for ``stop`` and was not
-told would take the answer for stopped. Labels that change no answer (``user``, ``metadata``) are accepted. Greedy is
+Strict: what cannot be honoured is refused by name, never ignored, because a client that asked for a JSON object and was
+not told would take the answer for one. Labels that change no answer (``user``, ``metadata``) are accepted. Greedy is
 the default, unlike OpenAI's temperature of 1: equal questions then have equal answers. Knows no HTTP and no models.
 Source: the OpenAI API reference, "Create chat completion", and what its official client sends.
 """
@@ -17,9 +17,11 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from engine.errors import RequestError
-from engine.model.stepping import SamplingParams
+from engine.model.stepping import MAX_TOP_LOGPROBS, SamplingParams
+from engine.service.stops import MAX_STOP_CHARS, MAX_STOPS
 
 DEFAULT_MODEL = "default"  # the name to which every server answers
+IMPOSSIBLE = -9999.0
 MAX_ECHO = 80  # characters of a client's own words in an error
 
 T = TypeVar("T")
@@ -27,17 +29,17 @@ T = TypeVar("T")
 Role = Literal["system", "user", "assistant"]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
-    "stop": ([],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),  # of no tools
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -91,7 +93,9 @@ class Sampled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: TopK | None = None  # vLLM's: OpenAI has none; -1 and 0 are no limit
     seed: Seed | None = None
+    stop: Stop | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -106,16 +110,25 @@ class Sampled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """A usage chunk at the end of a stream."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def wants_logprobs(self) -> int | None:
+        """None, or of how many alternatives beside each token."""
+        return None
+
     def params(self) -> SamplingParams:
         """As the client said it; seed 0 stands for none, see ``drawable``."""
-        return SamplingParams(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0,
+            top_k=max(0, self.top_k or 0), stop=stops, logprobs=self.wants_logprobs,
+        )
 
     def drawable(self) -> SamplingParams:
         """For the sampler: where the client gave no seed, each call draws one."""
         params = self.params()
         if self.seed is not None or not params.temperature:
             return params
-        return SamplingParams(params.temperature, params.top_p, secrets.randbits(63))
+        return msgspec.structs.replace(params, seed=secrets.randbits(63))
 
 
 class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -126,15 +139,14 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     n: Any = None
-    stop: Any = None
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     logit_bias: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
@@ -152,6 +164,11 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
     def token_limit(self) -> int | None:
         """What the client set, under either name."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> int | None:
+        """See ``Sampled``."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def conversation(self) -> list[dict[str, str]]:
         """Role and text of each turn."""
@@ -180,12 +197,37 @@ class AnswerMessage(msgspec.Struct, frozen=True, gc=False):
     role: str = "assistant"
 
 
+class TopLogprob(msgspec.Struct, frozen=True, gc=False):
+    """A token that could have come, with its UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
+    """A token that came."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """Of the tokens of an answer, or of a piece of it."""
+
+    content: tuple[TokenLogprob, ...]
+    refusal: None = None
+
+
 class Choice(msgspec.Struct, frozen=True, gc=False):
     """The one answer."""
 
     message: AnswerMessage
     finish_reason: str
     index: int = 0
+    logprobs: ChatLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, gc=False):
@@ -212,6 +254,7 @@ class ChunkChoice(msgspec.Struct, frozen=True, gc=False):
     delta: Delta
     finish_reason: str | None = None
     index: int = 0
+    logprobs: ChatLogprobs | UnsetType = UNSET
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
@@ -265,6 +308,19 @@ def usage_of(prompt_tokens: int, output_tokens: int, cached_tokens: int) -> Usag
     return Usage(prompt_tokens, output_tokens, prompt_tokens + output_tokens, CachedTokens(cached_tokens))
 
 
+def spelt(token: bytes) -> str:
+    """A token's text; where it is no whole character its bytes by number, as OpenAI's completions spell them."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: OpenAI's -9999.0 stands for a token that cannot come."""
+    return max(logprob, IMPOSSIBLE)
+
+
 def error_object(error: RequestError) -> ErrorObject:
     """The words of a refusal as a client reads them."""
     return ErrorObject(ErrorFields(error.message, error.type, error.param, error.code))
@@ -276,6 +332,8 @@ def decode_chat(body: bytes) -> ChatRequest:
     refuse_unsupported(ask, NEUTRAL)
     if len({ask.max_tokens, ask.max_completion_tokens} - {None}) == 2:
         raise RequestError("invalid_request", "max_tokens and max_completion_tokens differ: send one", "max_tokens")
+    if ask.top_logprobs and not ask.logprobs:
+        raise RequestError("invalid_request", "top_logprobs wants logprobs to be true", "top_logprobs")
     check_stream_options(ask)
     return ask
 

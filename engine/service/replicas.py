@@ -11,14 +11,16 @@ import contextlib
 import os
 import sys
 import tempfile
+from asyncio.subprocess import Process
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from engine.errors import UserError
+from engine.events import Ended
 from engine.model.process import WorkerSpec, last_words
-from engine.model.wire import Output, Ready, ToReplica, Unframer, decode_from_replica, frame
+from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_from_replica, frame
 
 START_TIMEOUT_S = 300.0  # converting weights on first use takes half a minute, a hub download longer
 
@@ -39,6 +41,12 @@ def share_cores(threads: int, replicas: int = 1) -> tuple[tuple[int, ...], tuple
     return cores[:others], cores[others:], threads
 
 
+async def launch(module: str, threads: int) -> Process:
+    """A process that waits for a ``WorkerSpec`` on its stdin; torch's threads are settled before torch is imported."""
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, threads))}
+    return await asyncio.create_subprocess_exec(sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, env=env)
+
+
 class ReplicaProcess(asyncio.Protocol):
     """One worker process and the connection to it."""
 
@@ -46,23 +54,26 @@ class ReplicaProcess(asyncio.Protocol):
         self._hear, self._lost = hear, lost
         self._unframer = Unframer()
         self._transport: asyncio.Transport | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="doorbuster-")
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._met = self._closing = False
+        self._open: set[int] = set()  # submissions that it has not ended
+        self._heard = False  # since the last look
+        self._silent_looks = 0
 
     @property
     def socket_path(self) -> str:
         """Where the worker listens; the folder is readable by this user alone."""
         return str(Path(self._folder.name) / "replica.sock")
 
-    async def start(self, spec: WorkerSpec) -> Ready:
-        """Spawn, connect, wait for the weights; UserError, the worker's own words if it had any, when it gave up."""
+    async def start(self, spec: WorkerSpec, standby: Process | None = None) -> Ready:
+        """Spawn, connect, wait for the weights; UserError, the worker's own words if it had any, when it gave up.
+
+        ``standby``: a process of ``launch`` that waits for a spec; it becomes this replica.
+        """
         spec = msgspec.structs.replace(spec, parent=os.getpid())
-        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, spec.threads))}
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "engine.model.process", stdin=asyncio.subprocess.PIPE, env=env,
-        )
+        self._process = standby or await launch("engine.model.process", spec.threads)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.msgpack.encode(spec))
         self._process.stdin.close()
@@ -93,11 +104,26 @@ class ReplicaProcess(asyncio.Protocol):
 
     def send(self, message: ToReplica) -> None:
         """Queue a message; to one that has gone, nothing is said."""
-        if self._transport is not None:
-            self._transport.write(frame(message))
+        if self._transport is None:
+            return
+        if isinstance(message, Work):
+            self._heard = self._heard or not self._open  # its silence begins now
+            self._open.add(message.submit.sid)
+        self._transport.write(frame(message))
 
-    async def stop(self) -> None:
-        """Hang up; the worker ends by itself, or is killed after five seconds. More than once is fine."""
+    def look(self) -> int:
+        """For how many looks in a row, this one included, it has had work and said nothing in between."""
+        self._silent_looks = self._silent_looks + 1 if self._open and not self._heard else 0
+        self._heard = False
+        return self._silent_looks
+
+    def kill(self) -> None:
+        """At once, whatever it is doing; its end is noticed like any other."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Hang up; the worker ends by itself, or is killed when its time is up. More than once is fine."""
         self._closing = True
         if self._transport is not None:
             self._transport.close()
@@ -105,7 +131,7 @@ class ReplicaProcess(asyncio.Protocol):
             if not self._met:
                 self._process.terminate()  # it is still loading, and would not notice
             try:
-                await asyncio.wait_for(self._process.wait(), 5.0)
+                await asyncio.wait_for(self._process.wait(), grace_s)
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
@@ -124,6 +150,8 @@ class ReplicaProcess(asyncio.Protocol):
             if isinstance(message, Ready):
                 self._ready.set_result(message)
             else:
+                self._heard = True
+                self._open.difference_update(event.sid for event in message.events if isinstance(event, Ended))
                 self._hear(message)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -28,7 +28,6 @@ from engine.model.encoder_process import EncoderSpec
 from engine.model.folder import prepare
 from engine.model.process import WorkerSpec
 from engine.model.smalllm import small_tokenizer
-from engine.model.stepcost import StepCost
 from engine.model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from engine.model.wire import Output, Ready
 from engine.policy.gateway import Gateway, fallback_id
@@ -39,8 +38,9 @@ from engine.service.driver import GatewayDriver
 from engine.service.encoder import EncoderClient
 from engine.service.facts import FactMaker
 from engine.service.metrics import Metrics
-from engine.service.pool import ReplicaPool
+from engine.service.pool import HANG_STEPS, ReplicaPool
 from engine.service.replicas import share_cores
+from engine.stepcost import StepCost
 
 DRAIN_TIMEOUT_S = 30.0
 HANG_UP_S = 5  # after the drain: for answers that are being sent
@@ -55,6 +55,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     folder: Path | None = None  # run folder: journal/ and ledger/ go below it
     pin_cores: bool = True
     fake_cost: StepCost | None = None
+    step_cost: StepCost | None = None  # of this model on this machine: bounds a step's time; None = tokens alone do
     hash_key: bytes = b""  # b"" = drawn now
 
 
@@ -123,15 +124,16 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             if ledger is not None:
                 ledger.append(record)
 
-        def lost(replica: int) -> None:
+        def lost(replica: int, for_good: bool) -> None:
             if driver is not None:
-                driver.lose(replica)
+                driver.lose(replica, for_good)
 
         def back(replica: int) -> None:
             if driver is not None:
                 driver.welcome(replica)
 
-        pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts)
+        hang_s = scenario.replica_hang_s or HANG_STEPS * scenario.batcher.max_step_ms / 1000
+        pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts, hang_s)
         stack.push_async_callback(pool.stop)
         specs = worker_specs(scenario, keys.tenants, options, hasher.key, epoch_ns, replica_cores, threads)
         ready, *_ = await pool.start(specs)
@@ -186,8 +188,9 @@ def worker_specs(
     folder = options.folder
     return [
         WorkerSpec(
-            socket_path="", model=scenario.model, replica=replica_config(scenario, tenants, n), hash_key=hash_key,
-            epoch_ns=epoch_ns, threads=threads, cores=cores[n * threads : (n + 1) * threads],
+            socket_path="", model=scenario.model, hash_key=hash_key, epoch_ns=epoch_ns,
+            replica=replica_config(scenario, tenants, n, options.step_cost), threads=threads,
+            cores=cores[n * threads : (n + 1) * threads],
             journal=str(folder / "journal" / f"replica-{n}.ndjson") if folder else "", fake_cost=options.fake_cost,
         )
         for n in range(scenario.replicas)

@@ -17,17 +17,22 @@ from engine.errors import RequestError
 from engine.events import Reject
 from engine.service.openai import (
     AnswerMessage,
+    ChatLogprobs,
     Choice,
     Chunk,
     ChunkChoice,
     Completion,
     Delta,
+    TokenLogprob,
+    TopLogprob,
     Usage,
     encode_json,
     error_object,
+    finite,
+    spelt,
     usage_of,
 )
-from engine.service.stream import ClientStream
+from engine.service.stream import ClientStream, Logged, Piece
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -59,14 +64,14 @@ class Listener:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
 
-    async def read(self) -> str:
-        """All text that is there, or the next that comes; "" when it is over, or nobody is left to read it."""
+    async def read(self) -> Piece:
+        """All that is there, or the next that comes; an empty one when it is over, or nobody is left to read it."""
         while True:
-            text = self.stream.take()
+            piece = self.stream.take()
             if self.gone:
-                return ""
-            if text or self.stream.end is not None:
-                return text
+                return Piece()
+            if piece or self.stream.end is not None:
+                return piece
             await self.stream.wait()
 
     async def _until_gone(self) -> None:
@@ -85,30 +90,31 @@ class Wording:
         self.id, self.created, self.model = answer_id, created, model
         self._prompt_tokens, self._usage_in_chunks = prompt_tokens, usage_in_chunks
 
-    def whole(self, text: str, stream: ClientStream) -> bytes:
+    def whole(self, piece: Piece, stream: ClientStream) -> bytes:
         """The completion object."""
-        choice = Choice(AnswerMessage(text), stream.reason)
+        choice = Choice(AnswerMessage(piece.text), stream.reason, logprobs=logprobs_in(piece))
         return encode_json(Completion(self.id, self.created, self.model, (choice,), self.usage(stream)))
 
-    def first(self, text: str) -> bytes:
+    def first(self, piece: Piece) -> bytes:
         """The role, and the text that is there already."""
         role = self._event(ChunkChoice(Delta(role="assistant", content="")))
-        return role + self.more(text) if text else role
+        return role + self.more(piece) if piece else role
 
-    def more(self, text: str) -> bytes:
+    def more(self, piece: Piece) -> bytes:
         """More text."""
-        return self._event(self.piece(text))
+        return self._event(self.choice(piece))
 
     def last(self, stream: ClientStream) -> bytes:
         """Why it ended, what it took, and the end of the stream."""
-        out = self._event(self.piece("", stream.reason))
+        out = self._event(self.choice(Piece(), stream.reason))
         if self._usage_in_chunks:
             out += event(self.chunk((), self.usage(stream)))
         return out + DONE
 
-    def piece(self, text: str, reason: str | None = None) -> Any:
+    def choice(self, piece: Piece, reason: str | None = None) -> Any:
         """A choice of a chunk: more text, or why there is no more."""
-        return ChunkChoice(Delta(content=text) if text else Delta(), reason)
+        delta = Delta(content=piece.text) if piece.text else Delta()
+        return ChunkChoice(delta, reason, logprobs=logprobs_in(piece))
 
     def chunk(self, choices: tuple[Any, ...], usage: Usage | UnsetType | None) -> object:
         """One event's object."""
@@ -122,18 +128,29 @@ class Wording:
         return event(self.chunk((choice,), None if self._usage_in_chunks else UNSET))
 
 
+def logprobs_in(piece: Piece) -> ChatLogprobs | UnsetType:
+    """In chat's words; absent where nobody asked, and in an answer that no model computed."""
+    return ChatLogprobs(tuple(map(token_logprob, piece.logprobs))) if piece.logprobs else UNSET
+
+
+def token_logprob(log: Logged) -> TokenLogprob:
+    """One token."""
+    top = tuple(TopLogprob(spelt(token), finite(logprob), list(token)) for token, logprob in log.top)
+    return TokenLogprob(spelt(log.token), finite(log.logprob), list(log.token), top)
+
+
 async def send_stream(
-    send: Send, listener: Listener, text: str, words: Wording, refusal: Callable[[Reject], RequestError]
+    send: Send, listener: Listener, piece: Piece, words: Wording, refusal: Callable[[Reject], RequestError]
 ) -> None:
-    """The body of a response whose start is sent; ``text`` was read already. A refusal that comes now is an event."""
+    """The body of a response whose start is sent; ``piece`` was read already. A refusal that comes now is an event."""
 
     async def body(data: bytes, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
     stream = listener.stream
-    await body(words.first(text))
-    while text and (text := await listener.read()):
-        await body(words.more(text))
+    await body(words.first(piece))
+    while piece and (piece := await listener.read()):
+        await body(words.more(piece))
     if listener.gone:
         return
     if isinstance(stream.end, Reject):

@@ -23,9 +23,9 @@ from engine.errors import CalibrationError
 from engine.events import StepShape
 from engine.model import compiling
 from engine.model.folder import cache_dir, prepare
-from engine.model.stepcost import StepCost
 from engine.scenario import data_path
 from engine.service.replicas import share_cores
+from engine.stepcost import StepCost
 from sim.twin.driver import Lags
 from sim.twin.encoder import EncoderCost
 from sim.twin.measure_encoder import BatchSample, EncoderMeasured

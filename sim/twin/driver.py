@@ -38,10 +38,10 @@ from engine.events import (
 )
 from engine.ledger.journal import JournalWriter
 from engine.model.counting import CountingRunner
-from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
 from engine.service.similar import Done, SimilarQuestions
+from engine.stepcost import StepCost
 from engine.units import ms_to_ns
 from engine.values import Section
 from sim.twin.encoder import Call, EncoderServer

@@ -21,6 +21,8 @@ class LoggedStep(msgspec.Struct, frozen=True, gc=False):
     ns: int
     steps: int
     shape: StepShape
+    forward_ns: int = 0  # of ``ns``, in the model; 0 where the runner timed nothing: fake, twin, older journals
+    sample_ns: int = 0  # of ``ns``, from logits to tokens
 
 
 def replica_journals(folder: Path) -> list[Path]:
@@ -35,7 +37,10 @@ def logged_steps(journal: Path) -> Iterator[LoggedStep]:
         if isinstance(entry.event, Plan):
             planned = next(((entry.at_ns, a.shape) for a in entry.actions if isinstance(a, RunStep)), None)
         elif isinstance(entry.event, StepDone) and planned is not None:
-            yield LoggedStep(planned[0], entry.at_ns - planned[0], entry.event.steps, planned[1])
+            done = entry.event
+            yield LoggedStep(
+                planned[0], entry.at_ns - planned[0], done.steps, planned[1], done.forward_ns, done.sample_ns
+            )
             planned = None
 
 
@@ -60,22 +65,29 @@ def outside_words(calibration: Calibration, *journals: Path) -> str:
 
 
 class CostError(msgspec.Struct, frozen=True):
-    """Predicted against measured time of a journal's steps, relative."""
+    """Predicted against measured time of a journal's steps, relative; and what the measured time went into."""
 
     steps: int
     median: float  # of the absolute errors
     total: float  # of the sums
+    forward: float = 0.0  # share of the measured time in the model; 0 where no runner timed it
+    sampling: float = 0.0
 
     def __str__(self) -> str:
-        return f"median {self.median:.1%}, total {self.total:+.1%} ({self.steps:,} runs of steps)"
+        words = f"median {self.median:.1%}, total {self.total:+.1%} ({self.steps:,} runs of steps)"
+        parts = f"; of the time {self.forward:.1%} in the model, {self.sampling:.1%} sampling"
+        return words + parts if self.forward else words
 
 
 def cost_error(calibration: Calibration, *journals: Path) -> CostError:
     """How well the costs fit what live replicas did; what lies between its steps is left out."""
     cost = calibration.cost
-    steps = chain.from_iterable(map(logged_steps, journals))
-    pairs = [(sum(map(cost.ns, shapes(step))), step.ns) for step in steps if step.ns > 0]
-    if not pairs:
+    steps = [step for step in chain.from_iterable(map(logged_steps, journals)) if step.ns > 0]
+    if not steps:
         return CostError(0, 0.0, 0.0)
-    total = sum(said for said, _ in pairs) / sum(took for _, took in pairs) - 1
-    return CostError(len(pairs), median(abs(said / took - 1) for said, took in pairs), total)
+    said = [sum(map(cost.ns, shapes(step))) for step in steps]
+    took = sum(step.ns for step in steps)
+    return CostError(
+        len(steps), median(abs(ns / step.ns - 1) for ns, step in zip(said, steps, strict=True)), sum(said) / took - 1,
+        sum(step.forward_ns for step in steps) / took, sum(step.sample_ns for step in steps) / took,
+    )

@@ -17,9 +17,9 @@ from engine.events import Answer, Arrive, BreakerRecord, LevelRecord, Reject, Re
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
-from engine.model.stepcost import StepCost
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
+from engine.stepcost import StepCost
 from sim.twin.driver import Fails, GatewaySim, Lags, Rank, ReplicaSim, at, never, now_ns
 from sim.twin.encoder import EncoderCost, EncoderServer
 
@@ -75,7 +75,7 @@ class TwinSystem:
         self._emit_ns = lags.emit_ns
         self._by_rid = {arrival.ask.rid: arrival for arrival in arrivals}
         gateway = gateway_config(scenario, tenants)
-        replicas = [replica_config(scenario, tenants, n) for n in range(scenario.replicas)]
+        replicas = [replica_config(scenario, tenants, n, cost) for n in range(scenario.replicas)]
         self._journals = [] if folder is None else [
             JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", gateway, hasher.key),
             *(

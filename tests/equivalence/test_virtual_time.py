@@ -31,14 +31,14 @@ from engine.ledger.journal import GatewayEntry, JournalWriter, ReplicaEntry, ope
 from engine.model.blockhash import Hasher
 from engine.model.fake import FakeRunner
 from engine.model.smalllm import small_tokenizer
-from engine.model.stepcost import StepCost
 from engine.model.stepping import SamplingParams
 from engine.model.tokenizer import Detokenizer
 from engine.model.worker import ReplicaDriver
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
 from engine.service.driver import GatewayDriver
-from engine.units import S_NS
+from engine.stepcost import StepCost
+from engine.units import MS_NS, S_NS
 from sim.twin.driver import Lags
 from sim.twin.encoder import EncoderCost
 from sim.twin.replay import replay
@@ -47,6 +47,7 @@ from tests.equivalence.virtual import InProcessReplica, Links, VirtualEncoder, V
 
 ENCODER = EncoderCost(fixed_ns=31_000_003, text_ns=9_000_011, max_batch=4)
 DIMS = 8
+STEP_MS = 110
 COST = StepCost(
     fixed_ns=21_000_017, prefill_token_ns=1_900_003, prefill_row_ns=500_009, decode_row_ns=2_500_001,
     decode_kv_ns=4_001, area_ns=301,
@@ -66,7 +67,10 @@ def scenario(replicas: int = 1) -> Scenario:
                 "sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt", caches="semantic"
             ),
         },
-        batcher=BatcherConfig(step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6),
+        batcher=BatcherConfig(
+            step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6, max_step_ms=STEP_MS, age_ms=1500,
+            watermark=0.05,
+        ),
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
         exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002),
         limiter=LimiterConfig(rate_rps=500, burst=500),
@@ -139,7 +143,7 @@ def run_live(folder: Path, seed: int, replicas: int) -> None:
     answers = {tuple(prompt): answer for _, prompt, answer, _ in requests}
     links, journals = Links(), []
     for n in range(config.replicas):
-        replica = replica_config(tight, TENANTS, n)
+        replica = replica_config(tight, TENANTS, n, COST)
         runner = FakeRunner(lambda prompt: answers[tuple(prompt)], hasher, None)
         journals.append(JournalWriter(folder / f"journal/replica-{n}.ndjson", "replica", replica, hasher.key))
         driver = ReplicaDriver(Replica(replica), runner, journals[-1])
@@ -210,6 +214,9 @@ def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int)
         assert what in text, f"the workload no longer exercises {what}"
     assert any(e.at_most > 1 for entry in lines(tmp_path / "live", "replica-0.ndjson") for e in entry.actions
                if hasattr(e, "at_most")), "the workload no longer runs several steps at once"
+    steps = [a for entry in lines(tmp_path / "live", "replica-0.ndjson") for a in entry.actions if hasattr(a, "shape")]
+    longest_ns = max(COST.ns(step.shape) for step in steps if step.shape.prefill_tokens > 16)
+    assert STEP_MS * MS_NS - COST.prefill_token_ns * 2 < longest_ns <= STEP_MS * MS_NS, "steps are cut to their time"
     assert '"preemptions":' in text, "the workload no longer preempts"
 
 

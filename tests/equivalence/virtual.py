@@ -13,11 +13,11 @@ import numpy as np
 
 from engine.events import StepFailed
 from engine.model.fake import FakeRunner
-from engine.model.stepcost import StepCost
 from engine.model.stepping import StepResult
 from engine.model.wire import Output, ToReplica
 from engine.model.worker import ReplicaDriver
 from engine.service.similar import Done
+from engine.stepcost import StepCost
 from engine.units import S_NS
 from sim.twin.driver import Fails, never
 from sim.twin.encoder import Call, EncoderCost, EncoderServer

@@ -19,8 +19,17 @@ from tests.model.hand import Hand, hand_on
 
 
 @pytest.fixture(scope="session")
-def tiny() -> LoadedModel:
-    return load(prepare("tiny", lambda line: None))
+def device(pytestconfig: pytest.Config) -> str:
+    """Where this run's models are: the CPU, or with ``--device cuda`` the GPU; without one its tests are skipped."""
+    chosen: str = pytestconfig.getoption("--device")
+    if chosen == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda: there is no CUDA device here, or this torch was built without CUDA")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def tiny(device: str) -> LoadedModel:
+    return load(prepare("tiny", lambda line: None), device, "float32")
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepFailed, StepShape
-from engine.model import attention, gathered
+from engine.events import Chunk, Filled, Grow, RunStep, SeqStart, StepDone, StepFailed, StepShape
+from engine.model import runner
+from engine.model.gathered import BUCKET_BLOCKS
 from engine.model.loader import LoadedModel
-from engine.model.stepping import SamplingParams
+from engine.model.stepping import SamplingParams, TokenLogprobs
 from tests.model.hand import BLOCK, BLOCKS, Hand, hand_on, prompt_of
 
 N = 12  # tokens generated unless a test says otherwise
@@ -32,7 +34,7 @@ def test_rows_of_very_different_length_decode_together(hand: Hand, reference) ->
     lengths = (3, 200, 20, 330)  # more than one length bucket
     for sid, length in enumerate(lengths):
         hand.whole(sid, prompt_of(sid, length), N)
-    assert (330 - 3) // BLOCK > gathered.BUCKET_BLOCKS
+    assert (330 - 3) // BLOCK > BUCKET_BLOCKS
     hand.finish(*range(4))
     assert hand.out == {sid: reference(prompt_of(sid, n), N) for sid, n in enumerate(lengths)}
 
@@ -212,8 +214,9 @@ def test_a_filled_block_is_told_once_though_it_is_computed_again(hand: Hand) -> 
     assert [f.index for f in hand.filled] == [1, 2, 3]
 
 
-def test_neighbours_never_change_a_sample(tiny: LoadedModel) -> None:
-    params = SamplingParams(temperature=0.9, top_p=0.95, seed=11)
+@pytest.mark.parametrize("more", [{"top_p": 0.95}, {"top_k": 30}, {"top_k": 30, "top_p": 0.9}, {}])
+def test_neighbours_never_change_a_sample(tiny: LoadedModel, more: dict[str, float]) -> None:
+    params = SamplingParams(temperature=0.9, seed=11, **more)  # type: ignore[arg-type]
     alone, crowd = hand_on(tiny), hand_on(tiny)
     alone.whole(5, prompt_of(5, 30), 20, params)
     alone.finish(5)
@@ -222,6 +225,86 @@ def test_neighbours_never_change_a_sample(tiny: LoadedModel) -> None:
     crowd.finish(*range(8))
     assert crowd.out[5] == alone.out[5]
     assert len({tuple(tokens) for tokens in crowd.out.values()}) == 8
+
+
+def test_a_preemption_never_changes_a_sample(tiny: LoadedModel) -> None:
+    params = SamplingParams(temperature=1.1, top_p=0.95, seed=5, top_k=200)
+    prompt = prompt_of(5, 30)
+    whole, put_back = hand_on(tiny), hand_on(tiny)
+    for hand in (whole, put_back):
+        hand.whole(5, prompt, 24, params)
+    whole.finish(5)
+    for _ in range(7):
+        put_back.step()
+    put_back.whole(1, prompt_of(1, 9), 30)
+    known = 30 + len(put_back.out[5])
+    put_back.step(stop=[5])
+    put_back.step([SeqStart(5, 0, put_back.take(30 + 24))], [(5, known)])
+    put_back.finish(5)
+    assert put_back.out[5] == whole.out[5] and len(set(whole.out[5])) > 10
+
+
+def outputs(hand: Hand, plan: RunStep) -> tuple[StepDone, dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
+    result = hand.runner.run(plan, lambda: False)
+    assert isinstance(result.done, StepDone)
+    return result.done, dict(result.tokens), dict(result.logprobs)
+
+
+def test_logprobs_come_with_the_tokens_of_those_who_ask(hand: Hand, plain: PreTrainedModel) -> None:
+    prompts = {sid: prompt_of(sid, 20) for sid in range(3)}
+    asks = {0: SamplingParams(logprobs=0), 1: SamplingParams(), 2: SamplingParams(logprobs=4)}
+    for sid, prompt in prompts.items():
+        hand.submit(sid, prompt, N, asks[sid])
+    start = tuple(SeqStart(sid, 0, hand.take(20 + N)) for sid in prompts)
+    said: dict[int, list[int]] = {sid: [] for sid in prompts}
+    logs: dict[int, list[TokenLogprobs]] = {0: [], 2: []}
+    plan = RunStep(0, StepShape(), start=start, chunks=tuple(Chunk(sid, 20) for sid in prompts))
+    for _ in range(5):
+        done, tokens, logprobs = outputs(hand, plan)
+        assert done.steps == 1, "one step at a time, because they are told with their tokens"
+        assert logprobs.keys() == {0, 2} and all(len(logprobs[sid]) == len(tokens[sid]) for sid in logprobs)
+        for sid, ids in tokens.items():
+            said[sid] += ids
+            logs[sid] = logs.get(sid, []) + logprobs.get(sid, [])
+        plan = RunStep(plan.step + 1, StepShape(), at_most=4)
+    for sid in (0, 2):
+        with torch.inference_mode():
+            logits = plain(torch.tensor([prompts[sid] + said[sid]])).logits[0, 19:-1]
+        table = torch.log_softmax(logits.float(), -1)
+        for row, (token, log) in enumerate(zip(said[sid], logs[sid], strict=True)):
+            assert log.logprob == pytest.approx(table[row, token].item(), abs=1e-4)
+            assert len(log.top) == (4 if sid == 2 else 0)
+            assert [i for i, _ in log.top] == table[row].topk(4).indices.tolist()[: len(log.top)]
+
+
+def test_an_end_token_and_a_failed_row_have_no_logprobs(tiny: LoadedModel, reference) -> None:
+    prompt, eos = end_of(reference, 1, 20)
+    hand = hand_on(replace(tiny, eos_ids=(eos,)))
+    hand.submit(0, prompt, N, SamplingParams(logprobs=1))
+    plan = RunStep(0, StepShape(), start=(SeqStart(0, 0, hand.take(20 + N)),), chunks=(Chunk(0, 20),))
+    count = 0
+    while True:
+        done, tokens, logprobs = outputs(hand, plan)
+        count += len(logprobs.get(0, []))
+        if done.ended:
+            break
+        plan = RunStep(plan.step + 1, StepShape())
+    assert (tokens, logprobs, count) == ({}, {}, reference(prompt, N).index(eos))
+    with nan_embedding(tiny, 1999):
+        hand.submit(1, [1999, 5], N, SamplingParams(logprobs=1))
+        plan = RunStep(99, StepShape(), start=(SeqStart(1, 0, hand.take(2 + N)),), chunks=(Chunk(1, 2),))
+        done, tokens, logprobs = outputs(hand, plan)
+    assert (tokens, logprobs, [end.reason for end in done.ended]) == ({}, {}, ["failed"])
+
+
+def test_the_parts_of_a_step_are_timed_and_added_up(hand: Hand, monkeypatch) -> None:
+    ticks = iter(range(0, 10**6, 7))
+    monkeypatch.setattr(runner.time, "perf_counter_ns", lambda: next(ticks))  # the clock, not the thing under test
+    hand.submit(0, prompt_of(0, 20), N, SamplingParams(ignore_eos=True))
+    done = hand.step([hand.start(0, 20 + N)], [(0, 20)])
+    assert (done.forward_ns, done.sample_ns) == (7, 7)
+    many = hand.step(at_most=5)
+    assert (many.steps, many.forward_ns, many.sample_ns) == (5, 35, 35)
 
 
 @contextmanager
@@ -268,7 +351,7 @@ def test_a_forward_that_raises_is_a_failed_step_and_the_runner_lives_on(hand: Ha
     table = hand.take(20 + N)
     step = RunStep(0, StepShape(), start=(SeqStart(0, 0, table),), chunks=(Chunk(0, 20),))
     with monkeypatch.context() as patch:
-        patch.setattr(attention.Paged, "attend", lambda *a: 1 / 0)
+        patch.setattr(hand.runner.model.model, "forward", lambda *a, **k: 1 / 0)
         result = hand.runner.run(step, lambda: False)
     assert isinstance(result.done, StepFailed) and "ZeroDivisionError" in result.done.why and result.tokens == []
     hand.step([SeqStart(0, 0, table)], [(0, 20)], stop=[0])

@@ -6,14 +6,19 @@ import json
 import random
 import subprocess
 import sys
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
 
 from engine.errors import RequestError, UserError
 from engine.model import smalllm
+from engine.model.folder import prepare
 from engine.model.smalllm import corpus_texts, small_tokenizer, train_small_tokenizer
 from engine.model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
@@ -77,6 +82,98 @@ def test_byte_fallback_and_leading_spaces_of_sentencepiece() -> None:
     got = pieces(Tokenizer(raw, None, {}, ()), ids)
     assert "".join(got) == Tokenizer(raw, None, {}, ()).decode(ids)
     assert not any("\ufffd" in piece for piece in got)
+
+# ---------------------------------------------------------------- any tokens, in any portions
+
+EMOJIS = "😀🎉👩👨\u200d\ufe0f\U0001f3fd\U0001f1e9\U0001f1ea"  # joiners, variants, skin tones, flags
+CHARACTERS = st.sampled_from(EMOJIS + "a e\n你好世界한글ね𠮷e\u0301\u0308n\u0303ग\u0940ü߷ᚠ€")
+ANY_TEXT = st.lists(CHARACTERS | st.characters(exclude_categories=["Cs"]), max_size=40).map("".join)
+CUTS = st.lists(st.integers(1, 4), min_size=1, max_size=12)
+
+
+@cache
+def pieces_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Token by its bytes, special ones left out."""
+    words = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    return {word: token for word, token in words.items() if tokenizer.decode([token])}
+
+
+def has_bytes(tokenizer: Tokenizer, raw: bytes) -> bool:
+    """SmolLM2's vocabulary has no token for the bytes that hardly any text has."""
+    return all(bytes([byte]) in pieces_by_bytes(tokenizer) for byte in raw)
+
+
+def any_split(tokenizer: Tokenizer, raw: bytes, lengths: list[int]) -> list[int]:
+    """Tokens that spell ``raw``, but not those that the tokenizer would take."""
+    vocab, ids, at = pieces_by_bytes(tokenizer), [], 0
+    for length in cycle(lengths):
+        if at == len(raw):
+            return ids
+        word = next(raw[at : at + n] for n in range(length, 0, -1) if raw[at : at + n] in vocab)
+        ids.append(vocab[word])
+        at += len(word)
+    raise AssertionError
+
+
+def check_pieces(tokenizer: Tokenizer, ids: list[int], portions: list[int]) -> None:
+    stream, got, at = Detokenizer(tokenizer), [], 0
+    for portion in cycle(portions):
+        if at >= len(ids):
+            break
+        got.append(stream.push(ids[at : at + portion]))
+        at += portion
+    got.append(stream.flush())
+    whole = tokenizer.decode(ids)
+    assert "".join(got) == whole
+    assert "\ufffd" in whole or not any("\ufffd" in piece for piece in got)
+
+
+def check_detokenizer(tokenizer: Tokenizer, examples: int) -> None:
+    """Whole characters always; and of what is no text, at least all of it."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(ANY_TEXT, CUTS, CUTS)
+    def whole_characters(text: str, lengths: list[int], portions: list[int]) -> None:
+        text = "".join(letter for letter in text if has_bytes(tokenizer, letter.encode()))
+        ids = any_split(tokenizer, text.encode(), lengths)
+        assert tokenizer.decode(ids) == text
+        check_pieces(tokenizer, ids, portions)
+        check_pieces(tokenizer, ids[:-1], portions)
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.binary(max_size=80) | ANY_TEXT.map(lambda text: text.encode()[1::2]), CUTS, CUTS)
+    def any_bytes(raw: bytes, lengths: list[int], portions: list[int]) -> None:
+        raw = bytes(byte for byte in raw if has_bytes(tokenizer, bytes([byte])))
+        check_pieces(tokenizer, any_split(tokenizer, raw, lengths), portions)
+
+    whole_characters()
+    any_bytes()
+
+
+def test_no_split_of_characters_over_tokens_shows_in_the_pieces(small: Tokenizer) -> None:
+    check_detokenizer(small, 300)
+
+
+@pytest.mark.slow
+def test_no_split_over_the_real_models_tokens_shows_either() -> None:
+    folder = prepare("smollm2", lambda line: None).path
+    assert folder is not None
+    check_detokenizer(load_tokenizer(folder), 300)
+
+
+@pytest.mark.parametrize("text", [EMOJI, "", " two  blanks\n", "<|im_start|>user"])
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(small: Tokenizer, text: str) -> None:
+    assert b"".join(map(small.token_bytes, small.encode(text))) == text.encode()
+    assert small.token_bytes(2) == b"<|im_end|>" and small.token_bytes(10**6) == b""
+    words = {small.token_bytes(token) for token in range(small.vocab_size)}
+    assert words >= {bytes([byte]) for byte in range(256)} and len(words) == small.vocab_size
+
+
+def test_bytes_of_sentencepiece_tokens() -> None:
+    vocab = {"<unk>": 0, "▁a": 1, "<0xF0>": 2, "<0x": 3}
+    raw = RawTokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    assert [Tokenizer(raw, None, {}, ()).token_bytes(token) for token in (1, 2, 3)] == [b" a", b"\xf0", b"<0x"]
 
 
 def save_small(folder: Path) -> Path:

@@ -12,11 +12,11 @@ from engine.events import Abort, Ended, GatewayEvent, Submit
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
 from engine.model.fake import FakeRunner
-from engine.model.stepcost import StepCost
 from engine.model.stepping import SamplingParams
 from engine.model.wire import Work
 from engine.model.worker import ReplicaDriver
 from engine.policy.replica import Replica
+from engine.stepcost import StepCost
 from sim.twin.driver import Lags, ReplicaSim
 
 ASK = Submit(7, 7, "t", "c", 1, 0, 10**9, 20, 4)

@@ -33,28 +33,33 @@ class FairWorld(ReplicaWorld):
         return sid
 
     def _end(self, asked: Asked) -> None:
-        naive, tenant = self.naive[asked.submit.priority], asked.submit.tenant
+        naive, tenant = self.naive[asked.priority], asked.submit.tenant
         if asked.running:
             naive.let_go(tenant)
         else:
             naive.dequeue(tenant)
         super()._end(asked)
 
-    def _stop(self, stop: tuple[int, ...]) -> int:
-        for sid in stop:
-            if asked := self.open.get(sid):
-                naive, tenant = self.naive[asked.submit.priority], asked.submit.tenant
-                naive.let_go(tenant)
-                naive.enqueue(tenant)
-        return super()._stop(stop)
+    def _promote(self, asked: Asked) -> None:
+        self.naive[asked.priority].dequeue(asked.submit.tenant)
+        super()._promote(asked)
+        self.naive[asked.priority].enqueue(asked.submit.tenant)
+
+    def _put_back(self, asked: Asked) -> None:
+        naive, tenant = self.naive[asked.priority], asked.submit.tenant
+        naive.let_go(tenant)
+        naive.enqueue(tenant)
+        super()._put_back(asked)
 
     def _start(self, step: RunStep) -> None:
         waiting = [a for a in self.open.values() if not a.running]
         for start in step.start:
             asked = self.open[start.sid]
+            if asked.held:
+                continue
             assert asked is self._next(waiting), "admission: of the first priority, the tenant served least, its oldest"
             waiting.remove(asked)
-            naive, tenant = self.naive[asked.submit.priority], asked.submit.tenant
+            naive, tenant = self.naive[asked.priority], asked.submit.tenant
             naive.hold(tenant)
             naive.dequeue(tenant)
             if asked.first_ns is None:
@@ -68,7 +73,7 @@ class FairWorld(ReplicaWorld):
         super()._accept(asked, failed, first, ends)
 
     def _charge(self, asked: Asked, cost: int) -> None:
-        priority, tenant = asked.submit.priority, asked.submit.tenant
+        priority, tenant = asked.priority, asked.submit.tenant
         self.naive[priority].charge(tenant, cost)
         self.charged[priority, tenant] = self.charged.get((priority, tenant), 0) + cost
 
@@ -76,30 +81,35 @@ class FairWorld(ReplicaWorld):
         for priority, naive in enumerate(self.naive):
             tenant = naive.pick()
             if tenant is not None:
-                ours = [a for a in waiting if (a.submit.priority, a.submit.tenant) == (priority, tenant)]
+                ours = [a for a in waiting if (a.priority, a.submit.tenant) == (priority, tenant)]
                 return min(ours, key=lambda a: a.rank)
         return None
 
     def _strict(self, step: RunStep, before: dict[int, list[int]], victims: int) -> None:
         """Priority first; then nobody new before another tenant's that is in prefill; age inside a tenant."""
-        new = {start.sid for start in step.start}
         served = [self.open[c.sid] for c in step.chunks]
         starved = [a for a in self._running() if not a.decoding and a not in served]
-        spent = step.shape.decode_rows + step.shape.prefill_tokens + victims >= self.batcher.step_tokens
-        partial = [c.sid for c in step.chunks if c.tokens < len(self.open[c.sid].tokens) - self.open[c.sid].computed]
-        assert not partial or (spent and partial == [step.chunks[-1].sid]), "chunks: whole, but for the budget's last"
-        for one, two in pairwise(served):
-            if one.submit.priority == two.submit.priority and one.submit.tenant == two.submit.tenant:
+        self._held_back(served)
+        for one, two in pairwise(a for at, a in enumerate(served) if not self._behind_owner(a, served[:at])):
+            if one.priority == two.priority and one.submit.tenant == two.submit.tenant:
                 assert one.rank < two.rank, "chunks: by age inside a tenant"
-        assert not starved or spent, "prefill: all of it, while there is budget"
+        critical = any(a.submit.priority == 0 for a in starved)
+        assert not starved or self._spent(step, victims, served, critical), "prefill: all of it, while there is budget"
         for at, asked in enumerate(served):
             for later in (*served[at + 1 :], *starved):
-                assert asked.submit.priority <= later.submit.priority, "chunks: in order of priority"
-                overtakes = asked.sid in new and later.sid not in new and asked.submit.tenant != later.submit.tenant
-                assert not overtakes or asked.submit.priority < later.submit.priority, "prefill: not overtaken by heads"
+                assert asked.priority <= later.priority, "chunks: in order of priority"
+                overtakes = asked.sid in self._new and later.sid not in self._new
+                overtakes = overtakes and asked.submit.tenant != later.submit.tenant
+                assert not overtakes or asked.priority < later.priority, "prefill: not overtaken by heads"
         head = self._next([a for a in self.open.values() if not a.running])
-        if head is not None and (not spent or (served and served[-1].submit.priority > head.submit.priority)):
+        if head is not None:
+            self._waits_for_an_owner(head, served)
+        spent = head is not None and self._spent(step, victims, served, head.submit.priority == 0)
+        if head is not None and (not spent or (served and served[-1].priority > head.priority)):
             assert not self._could_enter(head, before.get(head.sid, [])), "head: passed over only if it had no room"
+
+    def _outranks(self, one: Asked, two: Asked) -> bool:
+        return one.rank < two.rank and (one.priority, one.submit.tenant) == (two.priority, two.submit.tenant)
 
     def check(self) -> None:
         super().check()

@@ -27,13 +27,15 @@ SIZE = 3  # tokens a block
 
 def world_of(
     slots: int = 4, step_tokens: int = 30, blocks: int = 40, reserved_slots: int = 0, reserved_blocks: int = 0,
-    multi: int = 8, pinned: int = 0,
+    multi: int = 8, pinned: int = 0, reserve: str = "none", watermark: float = 0, age_ms: int = 0,
+    hold_back_tokens: int = 32,
 ) -> ReplicaWorld:
     return ReplicaWorld(
         ReplicaConfig(
             batcher=BatcherConfig(
                 step_tokens=step_tokens, slots=slots, reserved_slots=reserved_slots, reserved_blocks=reserved_blocks,
-                max_multi_steps=multi,
+                max_multi_steps=multi, reserve=reserve, watermark=watermark, age_ms=age_ms,  # type: ignore[arg-type]
+                hold_back_tokens=hold_back_tokens,
             ),
             prefix=PrefixConfig(block_tokens=SIZE, blocks=blocks, pinned_blocks=pinned, pin_ttl_s=1e6),
         )
@@ -215,9 +217,9 @@ def test_a_row_that_grew_and_was_put_back_and_taken_in_by_one_plan_has_only_its_
     assert world.open[row].computed == 8
     world.turn()
     assert world.open[row].computed == 3 * SIZE == len(world.open[row].table) * SIZE  # at a border
-    critical = world.submit([5] * 7, 1, priority=0)  # needs the row's place, and publishes what the row then hits
+    above = world.submit([5] * 7, 1, priority=1)  # needs the row's place, and publishes what the row then hits
     world.turn()
-    assert world.endings[critical].computed_tokens == 7
+    assert world.endings[above].computed_tokens == 7
     assert world.open[row].preemptions == 1 and world.open[row].running and len(world.open[row].table) == 4
     world.finish()
     assert world.endings[row].output_tokens == 10

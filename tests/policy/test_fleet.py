@@ -94,6 +94,21 @@ def test_what_a_deserted_flight_says_of_its_replica(late: bool, started: bool, s
     assert port.fleet.stats().breakers[0].unknown == 0, "the seat was given back once"
 
 
+def test_a_death_says_nothing_to_the_breaker_and_gives_every_seat_back() -> None:
+    port = Airport(1)
+    flights = [port.depart() for _ in range(4)]
+    assert not port.fleet.away
+    port.fleet.lose(0)
+    assert port.fleet.away
+    for flight in flights:
+        assert flight is not None
+        port.fleet.landed(3, flight, Ended(flight.sid, "lost"))
+    port.fleet.check([])
+    port.fleet.back(0)
+    assert port.states() == ["closed"] and port.fleet.stats().breakers[0].failed == 0
+    assert port.depart() is not None
+
+
 def test_a_lost_replicas_last_words_are_not_believed() -> None:
     port = Airport()
     words = Pressure(0, 5, running=1, waiting=(Waiting("chat", 1, 7),), queued_tokens=900)

@@ -17,6 +17,7 @@ Mutations it caught:
 - timeouts: not woken for; a nanosecond late; cancelled instead of 504; no Abort; got off twice
 - records: none for the cancelled; two answers; level at the end; ttft of a cache answer; computed tokens of a follower
 - pressure: submissions, first tokens or ends not noted; arrivals or wakes not observed
+- lost: nobody waits for the only replica, for ever, or twice; newcomers wait too; a death opens the breaker
 - drain ignored, or not followed by a Retry-After; riders in the order of a string hash
 """
 
@@ -171,6 +172,8 @@ class GatewayWorld:
         self.cache: dict[bytes, tuple[str, int, str, int]] = {}  # answer, stored, source, output tokens
         self.meant: dict[bytes, tuple[str, int, str, int]] = {}  # the same by question, for those that mean the same
         self.arrived: list[Arrive] = []
+        self.stranded: dict[int, int] = {}  # rid -> until when it waits for a replica to be back
+        self.buried: set[int] = set()  # replicas that nobody starts anew
         self.draining = False
         self.poor = 0
         self.balance = dict(TOKENS)
@@ -267,8 +270,7 @@ class GatewayWorld:
             if flight is None:
                 return
             self._hide(flight)
-            bad = reason in ("failed", "lost")
-            self._give_back(flight, "ok" if good else "fail" if bad else "cancelled")
+            self._give_back(flight, "ok" if good else "fail" if reason == "failed" else "cancelled")
             for trip in flight.riders:
                 self._landed(trip, flight, ended)
 
@@ -287,22 +289,30 @@ class GatewayWorld:
 
         self._tell(Pressure(replica, acked_sid, running=1, waiting=waiting, queued_tokens=9), spec)
 
-    def lose(self, replica: int) -> None:
+    def lose(self, replica: int, for_good: bool = False) -> None:
         """It dies, and its driver says so of each of its submissions."""
 
         def spec() -> None:
+            self.buried |= {replica} if for_good else set()
             self.up.discard(replica)
             self.last_words.pop(replica, None)
             self.router.lose(replica)
             self._observe()
 
-        self._tell(ReplicaLost(replica), spec)
+        self._tell(ReplicaLost(replica, for_good), spec)
         for sid, flight in list(self.flights.items()):
             if flight.submit.replica == replica:
                 self.end(sid, "lost")
 
     def back(self, replica: int) -> None:
-        self._tell(ReplicaBack(replica), lambda: self.up.add(replica))
+        def spec() -> None:
+            self.up.add(replica)
+            self.buried.discard(replica)
+            waiting, self.stranded = self.stranded, {}
+            for rid in waiting:
+                self._way(self.trips[rid])
+
+        self._tell(ReplicaBack(replica), spec)
 
     def cancel(self, rid: int) -> None:
         if rid in self.trips and rid not in self.heard:
@@ -322,10 +332,17 @@ class GatewayWorld:
 
     def wake(self) -> None:
         def spec() -> None:
-            due = [(self._due_ns(trip), rid) for rid, trip in self.trips.items()]
-            for due_ns, rid in sorted(due):
+            due = [(self._due_ns(trip), rid, False) for rid, trip in self.trips.items()]
+            due += [(until_ns, rid, True) for rid, until_ns in self.stranded.items()]
+            for due_ns, rid, stranded in sorted(due):
                 trip = self.trips.get(rid)
-                if due_ns <= self.now_ns and trip is not None and not trip.outcome:
+                if due_ns > self.now_ns or trip is None or trip.outcome:
+                    continue
+                if stranded:
+                    if self.stranded.pop(rid, None):
+                        self._fall_back(trip, "replica_lost", S_NS)
+                        self._close(trip)
+                else:
                     self._reject(trip, "deadline_exceeded", None)
                     self._off(trip)
             self._observe()
@@ -342,9 +359,12 @@ class GatewayWorld:
             assert wakes < 10_000, "a wake changes something: it never spins"
         self.now_ns = until
         assert all(self._due_ns(t) > self.now_ns for t in self.trips.values() if not t.outcome), "timeout: on time"
+        assert all(until_ns > self.now_ns for until_ns in self.stranded.values()), "stranded: not for ever"
 
     def finish(self) -> None:
         """Whoever was asked answers; then nothing may be left, and every token is settled."""
+        if self.stranded:
+            self.back(0)
         while self.trips:
             for rid in self.looking():
                 self.similar(rid)
@@ -410,8 +430,13 @@ class GatewayWorld:
             self._fall_back(trip, "overloaded", max(S_NS, levels * 3 * 250 * MS_NS))
             self._close(trip)
         elif not self.up:
-            self._fall_back(trip, "replica_lost", S_NS)
-            self._close(trip)
+            until_ns = trip.ask.arrived_ns + trip.cls.slo_ttft_ms * MS_NS
+            to_come = len(self.buried) < len(self.breakers)
+            if to_come and trip.retried and not trip.cls.fallback and until_ns > self.now_ns:
+                self.stranded[trip.ask.rid] = until_ns
+            else:
+                self._fall_back(trip, "replica_lost", S_NS)
+                self._close(trip)
         elif not (trusted := [n for n in sorted(self.up) if not self.breakers[n].retry_after_ns(self.now_ns)]):
             self._fall_back(trip, "breaker_open", min(self.breakers[n].retry_after_ns(self.now_ns) for n in self.up))
             self._close(trip)
@@ -529,6 +554,8 @@ class GatewayWorld:
         if trip.waits_for_similar is not None:
             self.encoder.release(self.now_ns, trip.waits_for_similar, "cancelled")
             return self._close(trip)
+        if self.stranded.pop(trip.ask.rid, None):
+            return self._close(trip)
         flight = next(f for f in self.flights.values() if trip in f.riders)
         if flight.deserted:
             flight.aborted = True
@@ -586,7 +613,7 @@ class GatewayWorld:
                 assert got.code == "rate_limited" and got.retry_after_ns > 0
                 rest[i] = want
         assert rest == self.want
-        due = [self._due_ns(trip) for trip in self.trips.values() if not trip.outcome]
+        due = [self._due_ns(trip) for trip in self.trips.values() if not trip.outcome] + [*self.stranded.values()]
         wake_ns = self.machine.next_wake_ns()
         assert not due or (wake_ns is not None and wake_ns <= min(due)), "wake: no deadline is missed"
 
@@ -684,11 +711,11 @@ class GatewayMachine(RuleBasedStateMachine):
     def pressure(self, ages_ms: dict[str, int], acked: int, pick: int) -> None:
         self.world.pressure(ages_ms, self.world.next_sid - 1 - acked, pick % len(self.world.breakers))
 
-    @rule(pick=st.integers(0, 2))
-    def lose_or_back(self, pick: int) -> None:
+    @rule(pick=st.integers(0, 2), for_good=st.booleans())
+    def lose_or_back(self, pick: int, for_good: bool) -> None:
         replica = pick % len(self.world.breakers)
         if replica in self.world.up:
-            self.world.lose(replica)
+            self.world.lose(replica, for_good)
         else:
             self.world.back(replica)
 
@@ -762,7 +789,7 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
         elif what > 0.99:
             replica = r.randrange(len(world.breakers))
             if replica in world.up and r.random() < 0.4:
-                world.lose(replica)
+                world.lose(replica, for_good=n % 3 == 0)
             elif replica not in world.up:
                 world.back(replica)
         if n == drain_at:
@@ -1112,6 +1139,18 @@ def test_who_has_heard_the_beginning_gets_no_second_one() -> None:
     assert world.rows[f"r{rid}"].outcome == "failed"
 
 
+def test_nobody_waits_for_a_replica_that_is_gone_for_good() -> None:
+    world = GatewayWorld(config(semantic=False, replicas=2))
+    world.lose(1, for_good=True)
+    first = world.arrive("chat", b"k")
+    world.lose(0)
+    assert first in world.stranded and first not in world.heard, "0 is to come back"
+    world.back(0)
+    world.lose(0, for_good=True)
+    assert world.heard[first].code == "replica_lost"
+    world.finish()
+
+
 def test_with_no_replica_left_the_last_resort_answers() -> None:
     world = GatewayWorld(config(semantic=False))
     rid = world.arrive("help", b"k")
@@ -1122,6 +1161,71 @@ def test_with_no_replica_left_the_last_resort_answers() -> None:
     world.arrive("chat", b"q")
     world.end(world.next_sid - 1, "stop")
     assert world.heard[2].tier == "model"
+    world.finish()
+
+
+def test_who_was_in_flight_waits_for_the_only_replica_and_newcomers_do_not() -> None:
+    world = GatewayWorld(config(semantic=False))
+    leader, follower = world.arrive("chat", b"k"), world.arrive("chat", b"k")
+    alone = world.arrive("fraud")
+    world.lose(0)
+    assert not world.heard and not world.flights
+    assert world.heard[world.arrive("chat", b"q")].code == "replica_lost"
+    world.time_passes(100 * MS_NS)
+    world.back(0)
+    assert [flight.submit.rid for flight in world.flights.values()] == [leader, alone]
+    for sid in list(world.flights):
+        world.end(sid, "stop")
+    assert [world.heard[rid].tier for rid in (leader, follower, alone)] == ["model", "coalesced", "model"]
+    world.finish()
+
+
+def test_nobody_waits_longer_for_a_replica_than_a_start_makes_sense() -> None:
+    world = GatewayWorld(config(semantic=False))
+    rid = world.arrive("chat", b"k")
+    gone = world.arrive("chat", b"q")
+    world.lose(0)
+    world.cancel(gone)
+    start_ns = CLASSES["chat"].slo_ttft_ms * MS_NS
+    world.time_passes(start_ns - 1)
+    assert rid not in world.heard
+    world.time_passes(1)
+    assert (world.heard[rid].code, world.rows[f"r{rid}"].e2e_ns) == ("replica_lost", start_ns)
+    world.back(0)
+    assert not world.flights
+    world.finish()
+
+
+def test_it_waits_once_and_not_for_a_second_death() -> None:
+    world = GatewayWorld(config(semantic=False))
+    rid = world.arrive("chat", b"k")
+    for _ in range(2):
+        world.lose(0)
+        world.back(0)
+    assert world.heard[rid].code == "replica_lost"
+    world.finish()
+
+
+def test_a_leader_whose_replica_died_may_come_back_as_a_follower() -> None:
+    world = GatewayWorld(config(semantic=False, replicas=2))
+    low = world.arrive("tips", b"k")
+    high = world.arrive("vip", b"k")  # nobody rides on what matters less: a flight of its own, on the other replica
+    world.lose(world.flights[min(world.flights)].submit.replica)
+    assert len(world.flights) == 1
+    world.end(next(iter(world.flights)), "stop")
+    assert (world.heard[low].tier, world.heard[low].source) == ("coalesced", f"r{high}")
+    assert world.rows[f"r{low}"].computed_tokens == 0, "the leader alone computed it"
+    world.finish()
+
+
+def test_a_death_is_no_news_to_the_breaker_whatever_was_in_flight() -> None:
+    world = GatewayWorld(config(semantic=False))
+    for _ in range(8):
+        world.arrive("fraud")
+    world.lose(0)
+    world.back(0)
+    assert world.machine.stats().fleet.breakers[0].state == "closed"
+    assert len(world.flights) == 8
     world.finish()
 
 

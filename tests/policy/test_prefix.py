@@ -9,6 +9,7 @@ Mutations it caught:
 - unpublish: the digest stays in the index; the pin stays
 - pin: one above the cap; of a block without a name; without a reference; renewal keeps the old expiry
 - expire_pins: one nanosecond late
+- drain: evicted, unpublished or published not noted; what came and went told; told twice
 - stats: evictions, refused pins, evictable not counted
 - Hasher: root without tenant; fields without length; no tag; chain without parent
 """
@@ -20,9 +21,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.config import PrefixConfig
+from engine.config import PrefixConfig, RouterConfig
+from engine.events import Arrive
 from engine.model.blockhash import Hasher
 from engine.policy.prefix import BlockPool
+from engine.policy.router import Router
 from engine.units import S_NS
 
 SIZE = 4
@@ -127,6 +130,9 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(blocks=st.integers(4, 14), pinned=st.integers(0, 4), enabled=st.sampled_from([True] * 5 + [False]))
     def start(self, blocks: int, pinned: int, enabled: bool) -> None:
         self.pool, self.naive = pool_of(blocks, pinned, enabled), NaivePool(blocks, pinned, enabled)
+        self.pool.listen()
+        self.router = Router(RouterConfig(), 2, SIZE)
+        self.heard: set[bytes] = set()  # findable, going by events alone
         self.tables: list[list[int]] = []
         self.chains: list[list[bytes]] = []
         self.written: list[int] = []  # blocks of each table that have been published, or could not be
@@ -201,6 +207,22 @@ class PoolMachine(RuleBasedStateMachine):
         blocks = self.tables[self.one(pick)][:count]
         self.pool.pin(self.now_ns, blocks)
         self.naive.pin(self.now_ns, blocks)
+
+    @rule()
+    def drain(self) -> None:
+        """What a router has heard is what the pool holds, and no word was idle."""
+        stored, removed = self.pool.drain()
+        assert len(stored) == len(set(stored)) and len(removed) == len(set(removed))
+        assert self.heard.isdisjoint(stored), "stored: it was not there"
+        assert self.heard.issuperset(removed), "removed: it was there"
+        assert len(stored) + len(removed) <= 2 * self.pool.total, "memory: bounded"
+        self.heard = self.heard - set(removed) | set(stored)
+        assert self.heard == set(self.naive.names.values()) == {d for d in self.heard if self.pool.holds(d)}
+        self.router.hear_kv(1, stored, removed)
+        for block, digest in self.naive.names.items():
+            ask = Arrive(0, "r", "t", "c", 0, SIZE + 1, 1, blocks=(digest,))
+            assert self.router.choose((0, 1), ask) == 1, f"block {block} is known to be there"
+        assert self.pool.drain() == ((), ())
 
     @rule(seconds=st.sampled_from([0, 1, 4, 10]))
     def time_passes(self, seconds: int) -> None:
@@ -374,3 +396,80 @@ def test_a_chain_digest_depends_on_all_tokens_before_it() -> None:
     one, other = list(range(12)), [99, *range(1, 12)]
     assert not set(hasher.chain(root, one)) & set(hasher.chain(root, other))
     assert hasher.chain(root, one)[:2] == hasher.chain(root, one[:11])  # a rest has no digest
+
+
+def test_what_nobody_listens_to_is_not_kept() -> None:
+    pool = pool_of(4)
+    filled(pool, chain("a", 3))
+    assert pool.drain() == ((), ())
+
+
+def test_what_came_and_went_between_two_drains_is_no_news() -> None:
+    pool = pool_of(3)
+    pool.listen()
+    pool.release(filled(pool, chain("a", 2)))
+    assert pool.drain() == (tuple(chain("a", 2)), ())
+    pool.release(filled(pool, chain("b", 3)))  # evicts both
+    pool.release(filled(pool, chain("a", 2)))  # computed again, over two of these
+    assert pool.drain() == ((b"b0",), ()), "a was there and is there; b1 and b2 came and went"
+
+
+def test_a_scripted_trace_gives_blocks_back_in_this_very_order() -> None:
+    """vLLM's ``test_prefill``: fresh from the front; back go rests first of all, and chains tail first at the end."""
+    pool = pool_of(10)
+    system = chain("s", 3)
+    first = filled(pool, [*system, b"x"], extra=1)
+    assert first == [0, 1, 2, 3, 4]
+    second = filled(pool, [*system, b"y"], extra=1)
+    assert second == [0, 1, 2, 5, 6]
+    assert [pool.references(b) for b in range(7)] == [2, 2, 2, 1, 1, 1, 1]
+    pool.release(first)
+    assert [pool.references(b) for b in range(7)] == [1, 1, 1, 0, 0, 1, 1]
+    pool.release(second)
+    assert order_of(pool) == [6, 4, 7, 8, 9, 3, 5, 2, 1, 0], "rests, never used, own tails, the system's tail to head"
+    assert pool.stats().evictions == 5
+
+
+def test_a_block_filled_while_decoding_gets_its_name_and_the_next_turn_finds_it() -> None:
+    """vLLM's ``test_decode``."""
+    pool = pool_of(6)
+    table = filled(pool, chain("a", 2), extra=1)
+    answer = chain("a", 3)
+    assert pool.match(answer, 99) == table[:2]
+    assert pool.publish(table[2], answer[2])
+    assert pool.match(answer, 3 * SIZE + 1) == table
+    pool.release(table)
+    assert order_of(pool) == [3, 4, 5, *reversed(table)]
+
+
+def test_of_two_blocks_with_one_content_the_unnamed_copy_may_go_and_the_content_is_found() -> None:
+    """vLLM's ``test_maybe_evict_cached_block`` keeps both findable. Here the second copy never gets a name.
+
+    So there is no copy to fall back on when the first is evicted, which comes later than the second's end: what has no
+    name goes to the front of the list. In exchange the index is one block a digest, and nothing is held twice for long.
+    """
+    pool = pool_of(4)
+    pool.listen()
+    first, second = pool.take((), 1), pool.take((), 1)
+    assert [pool.publish(block[0], b"same") for block in (first, second)] == [True, False]
+    pool.release(first)
+    assert pool.match([b"same"], 99) == first, "evictable, and found"
+    pool.release(second)
+    assert pool.take((), 3)[0] == second[0]
+    assert pool.match([b"same"], 99) == first
+    assert pool.take((), 1) == first
+    assert pool.match([b"same"], 99) == []
+    assert pool.drain() == ((), ()), "it came and went"
+
+
+def test_a_failed_admission_leaves_counts_order_and_names_as_they_were() -> None:
+    """vLLM's ``test_prefill_not_enough_free_blocks_with_computed_blocks``, through the batcher: see also the worlds."""
+    one, other = pool_of(6), pool_of(6)
+    for pool in (one, other):
+        held = filled(pool, chain("a", 3))
+        pool.release(filled(pool, chain("b", 2)))
+        assert pool.references(held[0]) == 1
+    hits = one.match([*chain("a", 2), b"new"], 99)
+    assert one.cost_of(hits, 4) > one.available  # asked, and refused: nothing was taken
+    assert one.stats() == other.stats()
+    assert order_of(one) == order_of(other)

@@ -10,7 +10,9 @@ Mutations it caught:
 - books: outputs, known, computed, queued tokens or unseen lost or leaked; recomputation a hit; the end token an output
 - steps: many while something waits; beyond a border, a limit or the cap
 - ends: none on abort; two; deadline at its very instant, or for what has run; drain ignored; what cannot fit accepted
-- failed step: only chunks end; those that sat it out end too; its tokens counted
+- failed step: its tokens counted; its stops or starts not said again; the group's order is another than the step's; a
+  cleared row stays in the next trial; newcomers in a trial; a sharer blamed, or left with what nobody wrote; the whole
+  batch fails; silent readers of nan left as they are
 - pressure: every time; once only; not the oldest; no acknowledgement; evictable blocks not free; order by string hash
 - pins: never set; never let go
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -163,7 +165,7 @@ def test_long_random_traces(seed: int, fair: bool) -> None:
 
 def test_quiet_traces_decode_several_steps_at_once() -> None:
     world = FairWorld(shape(slots=3, blocks=40, multi=16))
-    wander(world, 0, 300, crowd=2)
+    wander(world, 0, 400, crowd=2)
     world.finish(want=99)
     world.check()
     assert world.counts["multi"] > 20
@@ -264,7 +266,7 @@ def test_pressure_names_the_oldest_even_when_gateways_are_heard_out_of_order() -
     world.finish()
 
 
-def test_a_failed_step_takes_its_prefix_along_but_not_those_that_sat_it_out() -> None:
+def test_a_step_that_raises_alone_takes_its_prefix_along_but_not_those_that_sat_it_out() -> None:
     world = quiet(slots=3, step_tokens=6, blocks=30)
     first = world.submit([1] * 30)
     world.turn()
@@ -277,6 +279,102 @@ def test_a_failed_step_takes_its_prefix_along_but_not_those_that_sat_it_out() ->
     assert world.endings[waits].reason in ("stop", "length")
 
 
+def test_a_step_that_raises_once_costs_two_trials_and_nobodys_answer() -> None:
+    world, calm = (quiet(slots=8, step_tokens=40, blocks=60) for _ in range(2))
+    for each in (world, calm):
+        for n in range(8):
+            each.submit([10 + n] * 4, max_tokens=9, endless=True)
+        each.turn()
+        each.turn()
+    world.turn(fault="step")
+    world.finish()
+    calm.finish()
+    assert world.answers == calm.answers and set(world.answers) == set(range(8))
+    assert {end.reason for end in world.endings.values()} == {"length"}
+    assert (world.counts["trial"], world.counts["step failed"]) == (2, 1)
+    assert {end.computed_tokens for end in world.endings.values()} == {4}, "no prompt is computed twice"
+
+
+def test_nobody_is_blamed_for_a_prefix_that_another_was_to_write_in_the_same_step() -> None:
+    world = quiet(slots=4, step_tokens=40, blocks=40)
+    owner = world.submit([1] * 7)
+    sharer = world.submit([1] * 6 + [2])
+    world.poison[sharer] = 6
+    world.turn()
+    assert world.counts["misled"] == 1 and not world.endings
+    world.finish()
+    assert world.endings[owner].reason in ("stop", "length")
+    assert (world.endings[sharer].reason, world.endings[sharer].output_tokens) == ("failed", 0)
+
+
+def test_those_under_suspicion_may_leave_and_the_rest_goes_on() -> None:
+    world = quiet(slots=4, step_tokens=40, blocks=40)
+    sids = [world.submit([10 + n] * 4, max_tokens=6, endless=True) for n in range(4)]
+    world.turn(fault="step")
+    world.turn()  # the first half is cleared
+    for sid in sids[2:]:
+        world.abort(sid)
+    late = world.submit([9] * 4)
+    world.finish()
+    assert [world.endings[sid].reason for sid in sids] == ["length", "length", "aborted", "aborted"]
+    assert world.endings[late].reason in ("stop", "length")
+
+
+def test_on_hardware_that_fails_every_step_everybody_has_failed_soon() -> None:
+    world = quiet(slots=8, step_tokens=40, blocks=60)
+    for n in range(19):
+        world.submit([10 + n] * 4, max_tokens=9)
+    turns = 0
+    while world.turn(fault="step"):
+        turns += 1
+    assert turns <= 2 * 19, "twice as many steps as sequences"
+    assert [end.reason for end in world.endings.values()] == ["failed"] * 19
+    world.finish()
+
+
+@settings(max_examples=120, deadline=None)
+@given(seed=st.integers(0, 10**6), fair=st.booleans(), multi=st.sampled_from([1, 8]), tight=st.booleans())
+def test_culprits_fail_and_their_neighbours_say_what_they_would_have_said(
+    seed: int, fair: bool, multi: int, tight: bool
+) -> None:
+    r = random.Random(seed)
+    config = shape(
+        step_tokens=r.choice([10, 24, 60]), slots=r.choice([3, 8]), reserved_slots=0, reserved_blocks=0, multi=multi,
+        blocks=24 if tight else 90, pinned=0, fair=fair, enabled=r.random() < 0.8,
+    )
+    world, calm = world_of(config), world_of(config)
+    asked: list[tuple[int, int]] = []
+    for _ in range(r.randrange(2, 14)):
+        tokens = prompt(r.randrange(3), r.randrange(2), r.randrange(1, 12))
+        more = {"max_tokens": r.randrange(1, 9), "priority": r.randrange(3), "tenant": r.choice("ab"), "endless": True}
+        sid = world.submit(tokens, **more)  # type: ignore[arg-type]
+        assert calm.submit(tokens, **more) == sid  # type: ignore[arg-type]
+        asked.append((len(tokens), sid))
+    for length, sid in r.sample(asked, r.randrange(1, min(4, len(asked)) + 1)):
+        world.poison[sid] = r.randrange(length + 6)
+    while world.turn(99):
+        world.now_ns += 1_000
+        world.check()
+        assert world.steps + world.counts["step failed"] < 2_000, "it ends"
+    world.finish()
+    calm.finish()
+    for length, sid in asked:
+        said, whole = world.answers.get(sid, []), calm.answers[sid]
+        if world.endings[sid].reason == "failed":
+            assert sid in world.poison, "only a culprit fails"
+            assert said == whole[: len(said)]
+            assert not said or world.poison[sid] == length + len(said) - 1
+        else:
+            assert said == whole, "neighbours say the same"
+            at = world.poison.get(sid, -1)
+            assert not length - 1 <= at < length + len(whole) - 1, "a culprit that got so far; caches hold no more"
+    failed = sum(end.reason == "failed" for end in world.endings.values())
+    if not tight and config.prefix.enabled and not world.counts["misled"]:
+        depth = (config.batcher.slots - 1).bit_length()
+        assert world.counts["step failed"] <= failed * (depth + 1), "one look for each halving"
+        assert world.counts["trial"] <= failed * 2 * depth, "two trials for each halving"
+
+
 def test_a_sequence_that_gave_nan_leaves_nothing_to_be_found() -> None:
     world = quiet(blocks=30, step_tokens=30)
     bad = world.submit([1] * 9 + [2])
@@ -285,6 +383,19 @@ def test_a_sequence_that_gave_nan_leaves_nothing_to_be_found() -> None:
     good = world.submit([1] * 9 + [3])
     world.finish()
     assert world.endings[good].cached_tokens == 0
+
+
+def test_who_has_read_what_gave_nan_begins_again_and_nothing_of_it_is_found() -> None:
+    world = quiet(blocks=60, step_tokens=20)
+    bad = world.submit([1] * 6 + [2])
+    reads = world.submit([1] * 6 + [3] * 20)  # shares two blocks of this very step, and fills others with what it read
+    world.turn(fault="nan")
+    assert world.endings[bad].reason == "failed" and world.counts["put back in doubt"] == 1
+    third = world.submit([1] * 6 + [3] * 20)
+    world.finish()
+    for sid in (reads, third):
+        assert world.endings[sid].reason in ("stop", "length")
+    assert world.endings[reads].preemptions == 1
 
 
 def test_a_system_prompt_is_pinned_from_its_first_prefill_until_nobody_asks() -> None:
@@ -311,9 +422,13 @@ def test_a_system_prompt_is_pinned_from_its_first_prefill_until_nobody_asks() ->
 def test_a_failed_step_pins_nothing() -> None:
     world = quiet(blocks=20, pinned=2)
     world.submit([1] * 7, pinned_blocks=2)
-    world.turn(fault="step")
+    world.submit([2] * 4)
+    world.plan()
+    assert world.machine.stats().prefix.pinned == 2
+    world.run(fault="step")
     assert world.machine.stats().prefix.pinned == 0
     world.finish()
+    assert {end.reason for end in world.endings.values()} <= {"stop", "length"}
 
 
 def test_the_same_events_give_the_same_actions_whatever_the_hash_seed() -> None:

@@ -31,6 +31,7 @@ class Sent:
     prompt: int
     answer: int
     started: bool = False
+    blocks: tuple[bytes, ...] = ()
 
 
 class RouterMachine(RuleBasedStateMachine):
@@ -38,12 +39,15 @@ class RouterMachine(RuleBasedStateMachine):
 
     @initialize(
         replicas=st.integers(1, 4), affinity=st.booleans(), weight=st.integers(0, 4),
-        imbalance=st.sampled_from([0, 50, 300, 10**6]), most=st.sampled_from([3, 8, 100]),
+        imbalance=st.sampled_from([0, 50, 300, 10**6]), most=st.sampled_from([3, 8, 100]), events=st.booleans(),
     )
-    def start(self, replicas: int, affinity: bool, weight: int, imbalance: int, most: int) -> None:
+    def start(self, replicas: int, affinity: bool, weight: int, imbalance: int, most: int, events: bool) -> None:
         self.config = RouterConfig(
-            affinity=affinity, imbalance_tokens=imbalance, answer_weight=weight, remembered_blocks=most
+            affinity=affinity, imbalance_tokens=imbalance, answer_weight=weight, remembered_blocks=most,
+            kv_events=events,
         )
+        self.events = events and replicas > 1
+        self.told: list[set[bytes]] = [set() for _ in range(replicas)]
         self.router = Router(self.config, replicas, BLOCK)
         self.open: dict[int, Sent] = {}
         self.said = [0] * replicas
@@ -58,7 +62,11 @@ class RouterMachine(RuleBasedStateMachine):
 
     def uncached(self, replica: int, request: Arrive) -> int:
         known = 0
-        while self.config.affinity and known < len(request.blocks) and request.blocks[known] in self.memory[replica]:
+        there = set(self.memory[replica])
+        if self.events:
+            mine = [s for s in self.open.values() if s.replica == replica and not s.started]
+            there = self.told[replica].union(*(s.blocks for s in mine))
+        while self.config.affinity and known < len(request.blocks) and request.blocks[known] in there:
             known += 1
         return max(1, request.prompt_tokens - known * BLOCK)
 
@@ -74,7 +82,7 @@ class RouterMachine(RuleBasedStateMachine):
         costs = [(self.ahead(r) + self.uncached(r, request), self.count[r], r) for r in near]
         chosen = self.router.choose(there, request)
         assert chosen == min(costs)[2]
-        self.open[self.sid] = Sent(chosen, self.uncached(chosen, request), answer)
+        self.open[self.sid] = Sent(chosen, self.uncached(chosen, request), answer, blocks=request.blocks)
         self.router.sent(self.sid, chosen, request)
         self.sid += 1
         self.count[chosen] += 1
@@ -102,10 +110,20 @@ class RouterMachine(RuleBasedStateMachine):
         self.said[replica] = tokens
         self.router.hear(replica, tokens)
 
+    @precondition(lambda self: self.events)
+    @rule(
+        replica=st.integers(0, 3), chain=st.sampled_from(CHAINS), some=st.sets(st.integers(0, 5)), stored=st.booleans()
+    )
+    def hear_kv(self, replica: int, chain: tuple[bytes, ...], some: set[int], stored: bool) -> None:
+        replica %= len(self.said)
+        blocks = {chain[n] for n in some}
+        self.told[replica] = self.told[replica] | blocks if stored else self.told[replica] - blocks
+        self.router.hear_kv(replica, blocks if stored else (), () if stored else blocks)
+
     @rule(replica=st.integers(0, 3))
     def lose(self, replica: int) -> None:
         replica %= len(self.said)
-        self.said[replica], self.memory[replica] = 0, []
+        self.said[replica], self.memory[replica], self.told[replica] = 0, [], set()
         self.router.lose(replica)
 
     @rule(sid=st.sampled_from([-1, 10**6]))
@@ -137,7 +155,7 @@ def test_calm_traffic_is_spread() -> None:
 
 def test_a_known_prompt_goes_where_it_is_cached_while_that_one_keeps_up() -> None:
     """Three tenants' prompts settle on three replicas; a run on one of them spills over instead of queueing."""
-    router = Router(RouterConfig(imbalance_tokens=200), 3, BLOCK)
+    router = Router(RouterConfig(imbalance_tokens=200, kv_events=False), 3, BLOCK)
     home: dict[tuple[bytes, ...], set[int]] = {}
     for sid in range(30):
         chain = CHAINS[sid % 3]
@@ -152,3 +170,35 @@ def test_a_known_prompt_goes_where_it_is_cached_while_that_one_keeps_up() -> Non
         router.sent(sid, router.choose((0, 1, 2), ask(CHAINS[0])), ask(CHAINS[0]))
     ahead = router.stats().ahead_tokens
     assert max(ahead) - min(ahead) < 200 + 100 + 30, "no replica is further behind than the rule and one request"
+
+
+def test_events_tell_what_a_guess_would_not_know() -> None:
+    """Evicted: the guess would go on believing. Computed for another gateway: the guess would never learn."""
+    chain = CHAINS[0]
+    request = ask(chain, 6 * BLOCK + 4)
+    router = Router(RouterConfig(), 2, BLOCK)
+    router.sent(0, 1, request)
+    router.ended(0)
+    assert router.choose((0, 1), request) == 0, "aborted before it was computed: nothing is there"
+    router.hear_kv(1, chain, ())
+    assert router.choose((0, 1), request) == 1
+    router.hear_kv(0, chain, ())
+    router.hear_kv(1, (), chain[2:])
+    assert router.choose((0, 1), request) == 0
+    router.lose(0)
+    assert router.choose((0, 1), request) == 1, "two blocks are more than none"
+
+
+def test_what_is_on_its_way_counts_before_that_replica_has_said_so() -> None:
+    """A stampede computes its new prefix once on each replica, however late the events are."""
+    router = Router(RouterConfig(), 2, BLOCK)
+    request = ask(CHAINS[0], 6 * BLOCK + 4, 1)
+    for sid in range(6):
+        router.sent(sid, router.choose((0, 1), request), request)
+    assert router.stats().sent == (3, 3)
+    assert router.stats().affine_tokens == (2 * 6 * BLOCK, 2 * 6 * BLOCK)
+    for sid in range(6):
+        router.ended(sid)
+    router.check()
+    router.sent(6, 0, request)
+    assert router.stats().affine_tokens == (2 * 6 * BLOCK, 2 * 6 * BLOCK), "none of them came to an end of its prompt"

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import msgspec
 from msgspec.structs import replace
@@ -42,6 +43,7 @@ from engine.events import (
 )
 from engine.model.blockhash import Hasher
 from engine.policy.replica import Replica
+from engine.units import ms_to_ns
 
 MASK = (1 << 64) - 1
 NEVER_NS = 1 << 62
@@ -67,6 +69,9 @@ class Asked:
     states: list[int]  # follow() at each of them
     chain: list[bytes]  # digests of the full blocks known so far
     endless: bool  # ignores the end token
+    priority: int  # as which it is treated
+    since_ns: int  # when it began to wait
+    waited_ns: int = 0  # before that
     computed: int = 0
     table: list[int] = field(default_factory=list)
     running: bool = False
@@ -76,7 +81,8 @@ class Asked:
     cached_tokens: int = 0
     computed_tokens: int = 0
     preemptions: int = 0
-    preempted_at: int = -1  # step
+    preempted_at: int = -1  # plan
+    held: bool = False  # off the hardware after a step that raised; it goes on from where it stood
 
     @property
     def sid(self) -> int:
@@ -84,7 +90,7 @@ class Asked:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        return (self.submit.priority, self.submit.sent_ns, self.submit.sid)
+        return (self.priority, self.submit.sent_ns, self.submit.sid)
 
     @property
     def queue_ns(self) -> int:
@@ -113,7 +119,7 @@ class ReplicaWorld:
         self.counts: Counter[str] = Counter()  # what the trace has been through
         self.journal: list[tuple[int, ReplicaEvent, list[ReplicaAction]]] = []
         self.step: RunStep | None = None
-        self.steps = 0
+        self.steps = self.plans = 0
         self.submitted = -1
         self.draining = False
         self.content: list[list[int | None]] = [[None] * self.size for _ in range(config.prefix.blocks)]
@@ -121,6 +127,13 @@ class ReplicaWorld:
         self._findable: dict[bytes, None] = {}  # digests found at the last look, and those touched since
         self._told: dict[int, None] = {}  # in the runner's running set, until stopped
         self._left: dict[int, None] = {}  # ended in the runner by itself: stopping it is a no-op
+        self._again: dict[int, None] = {}  # the next step may stop these: the runner may have heard of it, or not
+        self._new: dict[int, None] = {}  # taken in by the step in flight
+        self._admitted: dict[int, None] = {}  # running, in the order in which they were taken in
+        self.suspects: list[list[int]] = []  # groups to be tried after a step that raised, the next one last
+        self.poison: dict[int, int] = {}  # sid -> position: a step that computes it raises
+        self._resumed: set[int] = set()  # of those that were held, who goes on in the step in flight
+        self._trial: list[int] = []  # the group that the step in flight tries
         self._last_pressure: Pressure | None = None
         self._query_tokens = self._hit_tokens = self._refused = 0
 
@@ -143,7 +156,7 @@ class ReplicaWorld:
             priority=priority, sent_ns=self.now_ns - late_ns, start_by_ns=start_by_ns, prompt_tokens=len(tokens),
             max_tokens=max_tokens, blocks=chain, pinned_blocks=min(pinned_blocks, len(chain)),
         )
-        asked = Asked(ask, list(tokens), states, list(chain), endless)
+        asked = Asked(ask, list(tokens), states, list(chain), endless, priority, ask.sent_ns)
         for index, digest in enumerate(chain):
             self._name(asked, index, digest)
         worst = -(-(len(tokens) + max_tokens) // self.size)
@@ -196,6 +209,7 @@ class ReplicaWorld:
     def plan(self) -> None:
         """What Plan answers, checked from scratch."""
         assert self.step is None
+        self.plans += 1
         before = {sid: self.pool.match(a.chain, len(a.tokens)) for sid, a in self.open.items() if not a.running}
         late = [a for a in self.open.values() if a.first_ns is None and a.submit.start_by_ns < self.now_ns]
         late.sort(key=lambda a: (a.submit.start_by_ns, a.sid))
@@ -203,6 +217,8 @@ class ReplicaWorld:
         assert actions[: len(late)] == [a.ended("deadline") for a in late], "deadline: those never scheduled, no other"
         for asked in late:
             self._end(asked)
+        for asked in self._aged():
+            self._promote(asked)
         actions = actions[len(late) :]
         if self.open:
             assert actions and isinstance(actions[0], RunStep), "liveness: what waits runs when nothing else does"
@@ -212,14 +228,33 @@ class ReplicaWorld:
         assert told == ([pressure] if pressure != self._last_pressure else []), "pressure: true, and only on change"
         self._last_pressure = pressure
 
+    def _aged(self) -> list[Asked]:
+        """Who is to be treated as standard from now on, in the order in which they came to it."""
+        age_ns = ms_to_ns(self.batcher.age_ms)
+        waiting = [a for a in self.open.values() if age_ns and not a.running and a.priority > 1]
+        due = sorted((a.since_ns + age_ns - a.waited_ns, a.sid) for a in waiting)
+        return [self.open[sid] for at_ns, sid in due if at_ns < self.now_ns]
+
+    def _promote(self, asked: Asked) -> None:
+        asked.priority -= 1
+        self.counts["aged"] += 1
+
     def _apply(self, step: RunStep, before: dict[int, list[int]]) -> None:
         self.step = step
         assert step.step == self.steps, "step: counted without gaps"
         ran = self._running()
         victims = self._stop(step.stop)
+        stands = {start.sid: (start.computed, start.blocks) for start in step.start}
+        for asked in self._running():
+            computed, blocks = stands.get(asked.sid, (-1, ()))
+            if asked.held and (computed, [*blocks[: len(asked.table)]]) != (asked.computed, asked.table):
+                self.counts["preempted held"] += 1
+                self._put_back(asked)  # by this very plan, or the runner would hear where it stands
+        self._resumed = {start.sid for start in step.start if self.open[start.sid].held}
+        self._trial = self._next_trial()
         self._start(step)
-        back = [asked.rank for asked in ran if asked.preempted_at == self.steps]
-        kept = [asked.rank for asked in ran if asked.preempted_at != self.steps]
+        back = [asked.rank for asked in ran if asked.preempted_at == self.plans]
+        kept = [asked.rank for asked in ran if asked.preempted_at != self.plans]
         assert not back or not kept or min(back) > max(kept), "preemption: the least important pay"
         for grow in step.grow:
             asked = self.open[grow.sid]
@@ -227,32 +262,75 @@ class ReplicaWorld:
             assert len(asked.table) * self.size == asked.computed, "grow: not before it is needed"
             self._fresh(grow.blocks)
             asked.table += grow.blocks
+        if self._new:  # growing rows may dip into what is kept; admissions may not
+            last = self.open[[*self._new][-1]]  # the least important of them
+            kept = self._kept(last, [a for a in self._running() if a is not last])
+            assert self._available(self._running()) >= kept, "blocks: free for what is to come, and for critical"
         assert list(self._told) == [sid for sid in self._told if sid in self.open and self.open[sid].running]
         self._shape(step)
-        self._strict(step, before, victims)
+        if self._trial:
+            assert not set(self._told) - {a.sid for a in ran}, "trial: no newcomers"
+            chunks = [c.sid for c in step.chunks]
+            assert set(chunks) == set(self._trial) and not step.grow, "trial: the whole group, and nobody else"
+            self.counts["trial"] += 1
+        else:
+            self._strict(step, before, victims)
+
+    def _next_trial(self) -> list[int]:
+        """By the rule, over lists: the last group of which somebody runs."""
+        groups = [[sid for sid in group if sid in self.open and self.open[sid].running] for group in self.suspects]
+        self.suspects = groups[: max((n + 1 for n, group in enumerate(groups) if group), default=0)]
+        return self.suspects[-1] if self.suspects else []
 
     def _stop(self, stop: tuple[int, ...]) -> int:
         """Takes them off; the number of decode rows among those that were put back."""
         assert len(set(stop)) == len(stop), "stop: once each"
         victims = 0
         for sid in stop:
-            assert sid in self._told or sid in self._left, "stop: only what runs"
+            assert sid in self._told or sid in self._left or sid in self._again, "stop: only what runs"
             self._told.pop(sid, None)
             self._left.pop(sid, None)
-            if asked := self.open.get(sid):
+            asked = self.open.get(sid)
+            if asked is not None and asked.running and not asked.held:
                 victims += asked.decoding
                 self.counts["preempted " + ("decode" if asked.decoding else "prefill")] += 1
-                asked.running = asked.decoding = False
-                asked.preemptions += 1
-                asked.preempted_at = self.steps
-                asked.computed, asked.table = 0, []
+                self._put_back(asked)
+        must = {sid for sid in self._again if sid in self.open}
+        assert must <= set(stop), "stop: all that were taken off between two steps, and again what a failed step said"
+        self._again.clear()
         return victims
+
+    def _put_back(self, asked: Asked) -> None:
+        """Into the waiting room; its blocks are no longer its own."""
+        asked.running = asked.decoding = asked.held = False
+        asked.preemptions += 1
+        asked.preempted_at, asked.since_ns = self.plans, self.now_ns
+        asked.computed, asked.table = 0, []
+        del self._admitted[asked.sid]
+
+    def _hold(self, asked: Asked) -> None:
+        """Off the hardware with what it has computed, and with room for its next token."""
+        asked.held, asked.decoding = True, False
+        self._again[asked.sid] = None
+        self.counts["held"] += 1
+
+    def _separate(self) -> None:
+        """The rows of a trial that went well stay out of the next one."""
+        for asked in self._running():
+            if asked.decoding:
+                self._hold(asked)
 
     def _start(self, step: RunStep) -> None:
         begun: set[int] = set()  # blocks that this very step fills
-        others = False
+        self._new.clear()
         for start in step.start:
             asked, cached = self.open[start.sid], start.computed // self.size
+            if asked.held:
+                assert len(start.blocks) == -(-len(asked.tokens) // self.size), "table: with room for the next token"
+                self._fresh(start.blocks[len(asked.table) :])
+                asked.table, asked.held = list(start.blocks), False
+                self._told[start.sid] = None
+                continue
             assert not asked.running, "start: only what waits"
             assert start.computed % self.size == 0 and start.computed < len(asked.tokens), "hit: full blocks, never all"
             assert len(start.blocks) == -(-len(asked.tokens) // self.size), "table: long enough for all known tokens"
@@ -263,18 +341,17 @@ class ReplicaWorld:
             self.counts["resumed mid-answer"] += asked.outputs > 0
             begun |= set(start.blocks[cached:])
             asked.table, asked.computed, asked.running = list(start.blocks), start.computed, True
+            asked.waited_ns += self.now_ns - asked.since_ns
+            self._admitted[start.sid] = self._new[start.sid] = None
             if asked.first_ns is None:
                 asked.first_ns, asked.cached_tokens = self.now_ns, start.computed
                 self._query_tokens += asked.submit.prompt_tokens
                 self._hit_tokens += start.computed
             self._told[start.sid] = None
-            others = others or asked.submit.priority > 0
         running = self._running()
         assert len(running) <= self.batcher.slots, "slots: never exceeded"
-        rest = sum(a.submit.priority > 0 for a in running)
+        rest = sum(a.priority > 0 for a in running)
         assert rest <= self.batcher.slots - self.batcher.reserved_slots, "slots: the reserve is for critical"
-        if others:  # growing rows may have dipped into it; admissions may not
-            assert self._available(running) >= self.batcher.reserved_blocks, "blocks: the reserve is for critical"
 
     def _shape(self, step: RunStep) -> None:
         rows = [a for a in self._running() if a.decoding]
@@ -285,13 +362,19 @@ class ReplicaWorld:
         for asked in rows:
             assert len(asked.tokens) == asked.computed + 1, "decode: one token at a time"
             assert len(asked.tokens) <= len(asked.table) * self.size, "decode: with room for it"
-        assert {s.sid for s in step.start} <= {c.sid for c in step.chunks}, "start: runs at once"
+        assert {s.sid for s in step.start} - self._resumed <= {c.sid for c in step.chunks}, "start: runs at once"
         assert step.shape == StepShape(
             prefill_tokens=sum(n for _, n in chunks), prefill_rows=len(chunks), decode_rows=len(rows),
             decode_kv_tokens=sum(len(a.tokens) for a in rows),
             attention_area=sum(n * (2 * a.computed + n) for a, n in chunks),
         ), "shape: what the step costs by"
         assert len(rows) + sum(n for _, n in chunks) <= self.batcher.step_tokens, "budget: never exceeded"
+        critical = [a.submit.priority == 0 for a, _ in chunks]
+        assert self._trial or all(critical) or not any(critical), "critical: no lower prompt beside it"
+        if chunks and self.config.cost and not self._trial:
+            contexts = sum(a.computed + n for a, n in chunks)
+            within = self.config.cost.ns(step.shape) <= self._most_ns(step.shape, all(critical), contexts)
+            assert within or (len(chunks) == 1 and chunks[0][1] <= self.size), "time: at most, or a block's worth"
         if chunks or len(self._running()) < len(self.open):
             assert step.at_most == 1, "at most one step while something waits"
         else:
@@ -307,21 +390,103 @@ class ReplicaWorld:
         A waiting head that cannot be taken in stops all waiting behind it, but not what already runs: it holds its
         blocks anyway. ``victims`` decode rows left while the budget was being filled, so it may be short by them.
         """
-        ranks = [self.open[c.sid].rank for c in step.chunks]
+        served = [self.open[c.sid] for c in step.chunks]
+        ranks = [a.rank for at, a in enumerate(served) if not self._behind_owner(a, served[:at])]
         assert ranks == sorted(ranks), "chunks: in order of rank"
+        self._held_back(served)
         waiting = sorted((a for a in self.open.values() if not a.running), key=lambda a: a.rank)
-        started = [self.open[s.sid].rank for s in step.start]
+        started = [self.open[sid].rank for sid in self._new]
         assert not started or not waiting or max(started) < waiting[0].rank, "admission: in order of rank"
-        used = step.shape.decode_rows + step.shape.prefill_tokens
-        spent = used + victims >= self.batcher.step_tokens
-        partial = [c.sid for c in step.chunks if c.tokens < len(self.open[c.sid].tokens) - self.open[c.sid].computed]
-        assert not partial or (spent and partial == [step.chunks[-1].sid]), "chunks: whole, but for the budget's last"
         starved = [a.rank for a in self._running() if not a.decoding and a.sid not in {c.sid for c in step.chunks}]
-        assert not starved or (spent and min(starved) > max(ranks)), "prefill: first come, first served"
+        if starved:
+            assert self._spent(step, victims, served, min(starved)[0] == 0), "prefill: all of it, while there is budget"
+            assert min(starved) > max(ranks), "prefill: first come, first served"
         if waiting:
             head = waiting[0]
-            if not spent or (ranks and ranks[-1] > head.rank):
+            held = self._waits_for_an_owner(head, served)
+            spent = self._spent(step, victims, served, head.submit.priority == 0)
+            if not spent or (ranks and ranks[-1] > head.rank and not held):
                 assert not self._could_enter(head, before.get(head.sid, [])), "head: passed over only if it had no room"
+
+    def _spent(self, step: RunStep, victims: int, served: list[Asked], critical: bool) -> bool:
+        """Is the budget used up, for one more that is critical or not? Only a chunk that ends there may be cut.
+
+        ``victims``: rows that left meanwhile. Beside a critical prompt there is no place for another.
+        """
+        spent = step.shape.decode_rows + step.shape.prefill_tokens + victims >= self.batcher.step_tokens
+        full = spent or self._no_time(step.shape, victims, bool(served) and served[-1].submit.priority == 0)
+        spent = spent or self._no_time(step.shape, victims, critical)
+        spent = spent or (not critical and any(a.submit.priority == 0 for a in served))
+        partial = [c.sid for c in step.chunks if c.tokens < len(self.open[c.sid].tokens) - self.open[c.sid].computed]
+        assert not partial or (full and partial == [step.chunks[-1].sid]), "chunks: whole, but for the budget's last"
+        return spent
+
+    def _most_ns(self, shape: StepShape, critical: bool, contexts: int) -> int:
+        """How long the step may be: others' leave what all rows behind it take, for a critical one's own step.
+
+        ``contexts``: tokens in KV of the chunks' prompts, when it has run.
+        """
+        assert self.config.cost is not None
+        count = shape.decode_rows + shape.prefill_rows
+        rows = StepShape(decode_rows=count, decode_kv_tokens=shape.decode_kv_tokens + shape.decode_rows + contexts)
+        own = 0 if critical else self.config.cost.ns(rows) - self.config.cost.ns(StepShape())
+        return ms_to_ns(self.batcher.max_step_ms) - own
+
+    def _no_time(self, shape: StepShape, victims: int, critical: bool) -> bool:
+        """Would one more token, at worst at the longest context, make the step too long?"""
+        if self.config.cost is None:
+            return False
+        longest = max(len(a.tokens) for a in self.open.values())
+        more = StepShape(
+            shape.prefill_tokens + 1, shape.prefill_rows + 1, shape.decode_rows + victims,
+            shape.decode_kv_tokens + victims * longest, shape.attention_area + 2 * longest + 1,
+        )
+        return self.config.cost.ns(more) > self._most_ns(more, critical, more.prefill_rows * longest)
+
+    def _owners(self, asked: Asked) -> list[Asked]:
+        """Who was in prefill before this plan, and is computing what ``asked`` needs: it may go first."""
+        need = -(-self.batcher.hold_back_tokens // self.size)
+        found = []
+        for owner in self._running():
+            at = owner.computed // self.size + need - 1
+            mine = asked.chain[: (len(asked.tokens) - 1) // self.size]
+            served = owner.decoding or owner.sid in self._new or owner.priority != asked.priority
+            if not served and at < min(len(mine), len(owner.chain)) and owner.chain[at] == mine[at]:
+                found.append(owner)
+        return found
+
+    def _waits_for_an_owner(self, head: Asked, served: list[Asked]) -> bool:
+        held = any(owner in served and self._outranks(head, owner) for owner in self._owners(head))
+        self.counts["held back"] += held
+        return held
+
+    def _behind_owner(self, asked: Asked, before: list[Asked]) -> bool:
+        return asked.sid in self._new and any(owner in before for owner in self._owners(asked))
+
+    def _held_back(self, served: list[Asked]) -> None:
+        """Whoever was taken in behind one that it outranks has let its owner go first, and nobody new."""
+        for at, asked in enumerate(served):
+            passed = list(takewhile(lambda a: self._outranks(asked, a), reversed(served[:at])))  # noqa: B023
+            if asked.sid in self._new and passed:
+                assert not any(a.sid in self._new for a in passed), "hold-back: nobody new overtakes"
+                assert self._behind_owner(asked, served[:at]), "hold-back: behind its owner"
+                self.counts["held back"] += 1
+
+    def _outranks(self, one: Asked, two: Asked) -> bool:
+        return one.rank < two.rank
+
+    def _kept(self, last: Asked, beside: list[Asked]) -> int:
+        """Blocks that must be free once ``last`` runs beside these. The share of ``ratio`` is the batcher's word."""
+        future = 0
+        for asked in (last, *beside):
+            table = asked.table or [0] * -(-len(asked.tokens) // self.size)
+            future += -(-(asked.submit.prompt_tokens + asked.submit.max_tokens - 1) // self.size) - len(table)
+        share = {"full": 10**6, "none": 0, "ratio": self.machine.batcher.reserve.share}[self.batcher.reserve]
+        kept = -(-future * share // 10**6)
+        if last.priority:
+            watermark = int(self.batcher.watermark * self.config.prefix.blocks) if beside else 0
+            kept += max(self.batcher.reserved_blocks, watermark)
+        return kept
 
     def _could_enter(self, head: Asked, before: list[int]) -> bool:
         """Were everything of lower priority put back, would there be a slot and blocks for it?
@@ -329,15 +494,14 @@ class ReplicaWorld:
         ``before``: blocks that it would have hit before this plan; those still there after it were there meanwhile.
         """
         hits = [b for b, c in zip(before, self.pool.match(head.chain, len(head.tokens)), strict=False) if b == c]
-        stay = [a for a in self._running() if a.submit.priority <= head.submit.priority]
+        stay = [a for a in self._running() if a.priority <= head.priority]
         held = self._held(stay)
         need = -(-len(head.tokens) // self.size) - len([b for b in hits if b in held])
-        reserve, slots = 0, len(stay) < self.batcher.slots
-        if head.submit.priority:
-            reserve = self.batcher.reserved_blocks
-            others = sum(a.submit.priority > 0 for a in stay)
+        slots = len(stay) < self.batcher.slots
+        if head.priority:
+            others = sum(a.priority > 0 for a in stay)
             slots = slots and others < self.batcher.slots - self.batcher.reserved_slots
-        return slots and need + reserve <= self.config.prefix.blocks - len(held)
+        return slots and need + self._kept(head, stay) <= self.config.prefix.blocks - len(held)
 
     # ------------------------------------------------------------ the run
 
@@ -346,7 +510,7 @@ class ReplicaWorld:
         step, self.step = self.step, None
         assert step is not None
         touched = [a for a, _ in self._rows(step.chunks)]
-        if fault == "step":
+        if fault == "step" or self._poisoned(self._rows(step.chunks)):
             self._fail(step)
         else:
             self._done(step, want, pick if fault == "nan" else None)
@@ -354,17 +518,45 @@ class ReplicaWorld:
             self._findable.update(dict.fromkeys(asked.chain))
         self._check_findable()
 
+    def _poisoned(self, rows: list[tuple[Asked, int]]) -> bool:
+        return any(a.computed <= self.poison.get(a.sid, -1) < a.computed + tokens for a, tokens in rows)
+
     def _fail(self, step: RunStep) -> None:
         rows = self._rows(step.chunks)
+        writer: dict[int, int] = {}
         for asked, tokens in rows:
             for position in range(asked.computed, asked.computed + tokens):
-                self.content[asked.table[position // self.size]][position % self.size] = None
+                block = asked.table[position // self.size]
+                writer[block] = asked.sid
+                self.content[block][position % self.size] = None
+        ran = [self.open[sid] for sid in self._admitted if self.open[sid].decoding]
+        ran += [self.open[chunk.sid] for chunk in step.chunks]
+        misled = [a for a in ran if any(writer.get(b, a.sid) != a.sid for b in a.table[: a.computed // self.size])]
+        sure = [a for a in ran if a not in misled]
         got = self._handle(StepFailed("the forward raised"))
-        assert sorted(got, key=lambda e: e.sid) == sorted((a.ended("failed") for a, _ in rows), key=lambda e: e.sid)
-        for asked, _ in rows:
-            self._end(asked)
-        self.steps += 1
+        guilty = ran[0] if len(ran) == 1 else None
+        assert got == ([guilty.ended("failed")] if guilty else []), "step failed: only what raises alone has failed"
+        self._tried([a.sid for a in sure])
+        self._again.update(dict.fromkeys(step.stop))
+        for start in step.start:
+            self.open[start.sid].held = True
+        for asked in ran:
+            self._hold(asked)
+        for asked in misled:
+            self.counts["misled"] += 1
+            self._put_back(asked)
+        if guilty:
+            self._end(guilty)
+        else:
+            sids = [a.sid for a in sure]
+            middle = (len(sids) + 1) // 2
+            self.suspects += [half for half in (sids[middle:], sids[:middle]) if half]
         self.counts["step failed"] += 1
+
+    def _tried(self, sids: list[int]) -> None:
+        if self.suspects:
+            self.suspects[-1] = [sid for sid in self.suspects[-1] if sid not in sids]
+            self.suspects = self.suspects if self.suspects[-1] else self.suspects[:-1]
 
     def _done(self, step: RunStep, want: int, spoiled: int | None) -> None:
         first: list[int] = []
@@ -373,13 +565,15 @@ class ReplicaWorld:
         chunks, steps = step.chunks, 0
         while not ends and steps < max(1, min(want, step.at_most)):
             rows = self._rows(chunks)
+            if steps and self._poisoned(rows):
+                break  # what ran before it is told; the next plan meets it again
             yielding = [a for a, n in rows if a.computed + n == len(a.tokens)]
-            silent = len(yielding) < len(rows)  # its nan would only show at its own first token
-            broken = yielding[spoiled % len(yielding)] if spoiled is not None and yielding and not silent else None
+            broken = yielding[spoiled % len(yielding)] if spoiled is not None and yielding else None
             failed = self._forward(rows, broken)
             for asked, tokens in rows:
+                a_row = asked.outputs and asked.computed == len(asked.tokens) - 1  # as a chunk, where it was held
+                asked.computed_tokens += 0 if a_row else tokens
                 asked.computed += tokens
-                asked.computed_tokens += tokens if chunks and asked.sid in {c.sid for c in chunks} else 0
                 if asked.sid not in failed:
                     self._fill(asked, filled)
             for asked in yielding:
@@ -391,13 +585,26 @@ class ReplicaWorld:
         want_ended = [self.open[e.sid].ended(e.reason) for e in ends]
         got = self._handle(StepDone(steps, tuple(first), tuple(ends), tuple(filled)))
         assert got == [*want_first, *want_ended], "step: first tokens, then ends"
-        for end in ends:
+        self._tried([c.sid for c in step.chunks])
+        gone = [self.open[end.sid] for end in ends]
+        for end, asked in zip(ends, gone, strict=True):
             self.counts["end " + end.reason] += 1
-            asked = self.open[end.sid]
             self._told.pop(end.sid)
             self._left[end.sid] = None
+            if end.reason == "failed":
+                self._doubt(asked, gone)
             self.finished = [*self.finished[-7:], (asked.submit.tenant, list(asked.tokens))]
             self._end(asked)
+        if self.suspects:
+            self._separate()
+
+    def _doubt(self, failed: Asked, gone: list[Asked]) -> None:
+        """Who has read what it read, and has not given a token since, begins again."""
+        for asked in self._running():
+            if asked not in gone and not asked.decoding and set(asked.table) & set(failed.table):
+                self.counts["put back in doubt"] += 1
+                self._again[asked.sid] = None
+                self._put_back(asked)
 
     def _rows(self, chunks: tuple[Chunk, ...]) -> list[tuple[Asked, int]]:
         rows = [(a, 1) for a in sorted(self._running(), key=lambda a: a.sid) if a.decoding]
@@ -488,6 +695,7 @@ class ReplicaWorld:
 
     def _end(self, asked: Asked) -> None:
         del self.open[asked.sid]
+        self._admitted.pop(asked.sid, None)
         asked.running = False
 
     def _running(self) -> list[Asked]:

@@ -26,10 +26,10 @@ import uvloop
 from engine.config import ClassConfig, IngressConfig, ModelConfig, OverloadConfig, Scenario
 from engine.errors import TYPE_OF_STATUS
 from engine.ledger.journal import GatewayEntry, open_journal
-from engine.model.stepcost import StepCost
 from engine.policy.trip import GatewayStats
 from engine.service.auth import KeyRing, new_key
 from engine.service.server import RunningEngine, ServeOptions, running
+from engine.stepcost import StepCost
 
 T = TypeVar("T")
 CHAT = "/v1/chat/completions"

@@ -18,11 +18,13 @@ import pytest
 
 from engine.config import IngressConfig
 from engine.errors import RequestError
-from engine.events import Arrive
+from engine.events import Arrive, Ended
+from engine.ledger.journal import open_journal
 from engine.service.app import LINGER_BYTES, Exchange
 from engine.service.facts import FactMaker
+from sim.twin.replay import replay
 from tests.service.conftest import Starter
-from tests.service.harness import CHAT, SCENARIO, Engine, body, check_error, dial, journal, start
+from tests.service.harness import CHAT, SCENARIO, STEP_20_MS, Engine, body, check_error, dial, journal, start
 
 MOST = SCENARIO.ingress.max_body_bytes
 
@@ -92,9 +94,52 @@ def test_a_sample_without_a_seed_is_never_repeated_from_a_cache(engine: Engine) 
     with engine.http() as client:
         tiers = [
             client.post(CHAT, json=body("throw the dice", temperature=0.8, **more)).headers["x-doorbuster-tier"]
-            for more in ({}, {}, {"seed": 5}, {"seed": 5})
+            for more in ({}, {}, {"seed": 5}, {"seed": 5}, {"seed": 5, "top_k": 3}, {"seed": 5, "top_k": 4})
         ]
-    assert tiers == ["model", "model", "model", "exact"]
+    assert tiers == ["model", "model", "model", "exact", "model", "model"]
+
+
+def test_an_answer_ends_before_its_stop_string_streamed_and_whole(engine: Engine) -> None:
+    text = "Three kettles. One is blue, grüße 😀. STOP here and say no more of it"
+    with engine.official() as client:
+        whole = client.chat.completions.create(**body(text), max_tokens=100, stop=["STOP here", "never"])
+        events = list(client.chat.completions.create(**body(text), max_tokens=101, stop=" STOP", stream=True))
+        bare = client.completions.create(model="default", prompt=text, stop="no", max_tokens=100)
+        free = client.chat.completions.create(**body(text), max_tokens=100)
+    assert whole.choices[0].message.content == text[: text.index("STOP")]
+    assert "".join(e.choices[0].delta.content or "" for e in events) == text[: text.index(" STOP")]
+    assert not any(" S" in (e.choices[0].delta.content or "") for e in events), "nothing that may be taken back"
+    assert whole.choices[0].finish_reason == events[-1].choices[0].finish_reason == "stop"
+    assert "no" not in bare.choices[0].text and free.choices[0].message.content == text
+    assert whole.usage is not None and free.usage is not None
+    assert 0 < whole.usage.completion_tokens < free.usage.completion_tokens
+
+
+def test_an_answer_that_was_cut_is_kept_as_it_was_cut_and_for_its_stop_strings_alone(engine: Engine) -> None:
+    with engine.http() as client:
+        asks = [("b", "zz"), ("zz", "b", "b"), (), ("c",)]  # order and repetition make no difference
+        got = [client.post(CHAT, json=body("what is kept, a or b or c?", stop=list(stops))) for stops in asks]
+    tiers = [one.headers["x-doorbuster-tier"] for one in got]
+    assert tiers == ["model", "exact", "model", "model"]
+    said = [one.json()["choices"][0]["message"]["content"] for one in got]
+    assert said == ["what is kept, a or "] * 2 + ["what is kept, a or b or c?", "what is kept, a or b or "]
+    assert got[0].json()["usage"] == got[1].json()["usage"]
+
+
+def test_a_stop_string_ends_the_work_of_the_replica_too(tmp_path: Path) -> None:
+    """The replica gives up at once, long before the answer's own end; the record says what the client got."""
+    text = "one two END " + "and so on " * 30
+    with start(tmp_path, STEP_20_MS) as engine, engine.http() as client:
+        got = client.post(CHAT, json=body(text, stop="END")).json()
+        engine.quiet()
+    assert got["choices"][0]["message"]["content"] == "one two " and got["choices"][0]["finish_reason"] == "stop"
+    (ended,) = (entry.event for entry in journal(tmp_path) if isinstance(entry.event, Ended))
+    assert (ended.reason, ended.output_tokens) == ("stop", got["usage"]["completion_tokens"])
+    replica = list(open_journal(tmp_path / "journal" / "replica-0.ndjson").entries())
+    (theirs,) = (action for entry in replica for action in entry.actions if isinstance(action, Ended))
+    assert theirs.reason == "aborted" and theirs.output_tokens <= ended.output_tokens + 3
+    for name in ("gateway-0", "replica-0"):
+        assert replay(tmp_path / "journal" / f"{name}.ndjson").identical
 
 
 @pytest.mark.parametrize("bad", ["", "two words", "x" * 65, "a/b", "semi;colon"])
@@ -140,7 +185,7 @@ REFUSED: dict[str, Case] = {
     "empty body": ({"content": b""}, 400, "invalid_request", None),
     "unknown field": ({"json": body("x", tempratur=1)}, 400, "invalid_request", "tempratur"),
     "wrong type": ({"json": body("x", max_tokens="5")}, 400, "invalid_request", "max_tokens"),
-    "not honoured": ({"json": body("x", stop=["."])}, 400, "invalid_request", "stop"),
+    "not honoured": ({"json": body("x", n=2)}, 400, "invalid_request", "n"),
     "over the context": ({"json": body("shoe " * 600)}, 400, "context_length_exceeded", "messages"),
     "class not granted": (
         {"json": body("x"), "headers": {"x-doorbuster-class": "fraud"}}, 403, "forbidden", "x-doorbuster-class",
@@ -193,8 +238,8 @@ def test_refusals_name_what_would_have_been_right(engine: Engine) -> None:
 def test_the_official_client_raises_its_own_errors(engine: Engine) -> None:
     with engine.official() as client:
         with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(**body("x"), stop=["."])
-        assert (bad.value.code, bad.value.param) == ("invalid_request", "stop")
+            client.chat.completions.create(**body("x"), n=2)
+        assert (bad.value.code, bad.value.param) == ("invalid_request", "n")
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(**body("x") | {"model": "other"})
         with pytest.raises(openai.AuthenticationError):
@@ -310,7 +355,7 @@ def test_a_bug_is_told_by_its_number_only(
 def test_the_journal_holds_what_passed_and_nothing_else(tmp_path: Path) -> None:
     with start(tmp_path) as engine, engine.http() as client:
         client.post(CHAT, json=body("shoe " * 600))
-        client.post(CHAT, json=body("x", stop=["."]))
+        client.post(CHAT, json=body("x", n=2))
         client.post(CHAT, json=body("good"), headers={"x-request-id": "good-1"})
         client.post(CHAT, content=b"{")
     arrived = [entry.event for entry in journal(tmp_path) if isinstance(entry.event, Arrive)]

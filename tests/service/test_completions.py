@@ -23,7 +23,7 @@ from engine.model.smalllm import small_tokenizer
 from engine.model.stepping import SamplingParams
 from engine.service.completions import NEUTRAL, CompletionRequest, TextWording, decode_completion
 from engine.service.sse import DONE
-from engine.service.stream import ClientStream
+from engine.service.stream import ClientStream, Logged, Piece
 from tests.service.conftest import Starter
 from tests.service.harness import CHAT, Engine, body, check_error, journal
 
@@ -157,18 +157,19 @@ def raw(**more: Any) -> bytes:
 
 def test_all_that_is_honoured_arrives() -> None:
     got = decode_completion(
-        raw(prompt=["x y"], temperature=1, top_p=0.5, seed=-7, max_tokens=9, stream=True, user="u",
+        raw(prompt=["x y"], temperature=1, top_p=0.5, seed=-7, max_tokens=9, stream=True, user="u", top_k=5, stop="\n",
             stream_options={"include_usage": True, "include_obfuscation": False})
     )
-    assert got.text == "x y" and got.params() == got.drawable() == SamplingParams(1.0, 0.5, -7)
+    assert got.text == "x y" and got.params() == got.drawable() == SamplingParams(1.0, 0.5, -7, top_k=5, stop=("\n",))
     assert (got.token_limit, got.stream, got.wants_usage) == (9, True, True)
+    assert decode_completion(raw(logprobs=0)).params() == SamplingParams(logprobs=0)
     assert (decode_completion(raw()).params(), decode_completion(raw()).text) == (SamplingParams(), "p")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("best_of", 3), ("echo", True), ("suffix", "x"), ("stop", ["\n"]), ("stop", "x"), ("logprobs", 0),
+        ("n", 2), ("best_of", 3), ("echo", True), ("suffix", "x"),
         ("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", -1),
     ],
 )
@@ -190,6 +191,7 @@ def test_every_parameter_that_cannot_be_honoured_may_ask_for_nothing() -> None:
     [
         ({"prompt": None}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [""]}, "prompt[0]"),
         ({"prompt": [[1]]}, "prompt[0]"), ({"max_tokens": 0}, "max_tokens"), ({"temperature": 3}, "temperature"),
+        ({"logprobs": 6}, "logprobs"), ({"logprobs": True}, "logprobs"), ({"logprobs": -1}, "logprobs"),
         ({"max_completion_tokens": 5}, "max_completion_tokens"), ({"tools": []}, "tools"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
@@ -206,8 +208,8 @@ def test_a_stream_is_of_whole_objects_and_the_official_type_reads_the_last(usage
     stream = ClientStream(0, "r")
     stream.output_tokens, stream.cached_tokens, stream.reason = 5, 16, "length"
     words = TextWording("cmpl-1", 1_700_000_000, "m", 20, usage_in_chunks=usage)
-    sent = words.first("he") + words.more("y\n") + words.last(stream)
-    assert words.first("") == b"" and sent.endswith(b"\n\n" + DONE)
+    sent = words.first(Piece("he")) + words.more(Piece("y\n")) + words.last(stream)
+    assert words.first(Piece()) == b"" and sent.endswith(b"\n\n" + DONE)
     events = sent.removesuffix(DONE).decode().split("\n\n")[:-1]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     head = {"id": "cmpl-1", "created": 1_700_000_000, "model": "m", "object": "text_completion"}
@@ -220,7 +222,20 @@ def test_a_stream_is_of_whole_objects_and_the_official_type_reads_the_last(usage
     for event in events[2:]:
         last = Completion.model_validate_json(event.removeprefix("data: "), strict=True)
     assert (last.usage and last.usage.total_tokens) == (25 if usage else None) and len(events) == 3 + usage
-    whole = Completion.model_validate_json(words.whole("hi", stream), strict=True)
+    whole = Completion.model_validate_json(words.whole(Piece("hi"), stream), strict=True)
     assert (whole.choices[0].text, whole.choices[0].finish_reason) == ("hi", "length")
     assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
     assert (whole.usage.total_tokens, whole.usage.prompt_tokens_details.cached_tokens) == (25, 16)
+
+
+def test_logprobs_are_lists_of_one_entry_a_token() -> None:
+    logs = (Logged(b"a", -0.5, [(b"b", -0.25), (b"a", -0.5)], 0), Logged(b" \xf0", -3.0, [(b"c", float("-inf"))], 1))
+    words = TextWording("cmpl-1", 1_700_000_000, "m", 20, usage_in_chunks=False)
+    stream = ClientStream(0, "r")
+    piece = Piece("a \ufffd", logs)
+    whole = Completion.model_validate_json(words.whole(piece, stream), strict=True)
+    event = Completion.construct(**json.loads(words.more(piece).removeprefix(b"data: ")))  # as the client does
+    for got in (whole.choices[0].logprobs, event.choices[0].logprobs):
+        assert got is not None
+        assert (got.tokens, got.token_logprobs, got.text_offset) == (["a", "bytes:\\x20\\xf0"], [-0.5, -3.0], [0, 1])
+        assert got.top_logprobs == [{"b": -0.25, "a": -0.5}, {"c": -9999.0, "bytes:\\x20\\xf0": -3.0}]

@@ -455,4 +455,4 @@ def test_under_endless_load_the_calendars_stay_as_small_as_what_runs() -> None:
             if isinstance(action, Ended):
                 runner.forget(action.sid)
     assert replica.stats().ended > 1000
-    assert len(replica.batcher._limits) < 50
+    assert len(replica.batcher._limits.entries()) < 50

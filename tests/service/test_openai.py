@@ -12,7 +12,7 @@ from engine.errors import RequestError
 from engine.model.stepping import SamplingParams
 from engine.service.openai import NEUTRAL, ChatRequest, decode_chat
 from engine.service.sse import DONE, Wording
-from engine.service.stream import ClientStream
+from engine.service.stream import ClientStream, Logged, Piece
 
 TURN = {"role": "user", "content": "hello"}
 
@@ -42,18 +42,27 @@ def test_all_that_is_honoured_arrives() -> None:
             messages=[{"role": "system", "content": "s"}, {"role": "assistant", "content": "a", "refusal": None}, TURN],
             temperature=1, top_p=0.5, seed=-7, max_completion_tokens=9, stream=True,
             stream_options={"include_usage": True, "include_obfuscation": False}, user="u", metadata={"k": "v"},
+            top_k=40, stop=["\n", "END"],
         )
     )
     assert [turn["role"] for turn in got.conversation()] == ["system", "assistant", "user"]
-    assert got.params() == got.drawable() == SamplingParams(1.0, 0.5, -7)
+    assert got.params() == got.drawable() == SamplingParams(1.0, 0.5, -7, top_k=40, stop=("\n", "END"))
+    assert decode_chat(ask(stop="x")).params() == SamplingParams(stop=("x",))
+    assert decode_chat(ask(logprobs=True)).params() == SamplingParams(logprobs=0)
+    assert decode_chat(ask(logprobs=True, top_logprobs=20)).drawable() == SamplingParams(logprobs=20)
+    for none in ({"logprobs": False}, {"logprobs": False, "top_logprobs": 0}, {"logprobs": None}):
+        assert decode_chat(ask(**none)).params() == SamplingParams()
+    for none in ({"stop": None}, {"stop": []}, {"top_k": -1}, {"top_k": 0}, {"top_k": None}):
+        assert decode_chat(ask(**none)).params() == SamplingParams()
     assert (got.token_limit, got.stream, got.wants_usage) == (9, True, True)
     assert decode_chat(ask(max_tokens=3)).token_limit == 3
     assert decode_chat(ask(max_tokens=3, max_completion_tokens=3)).token_limit == 3
 
 
 def test_a_sample_without_seed_is_drawn_anew_each_time() -> None:
-    got = decode_chat(ask(temperature=0.7))
+    got = decode_chat(ask(temperature=0.7, top_k=3, stop="x"))
     assert got.params().seed == 0
+    assert (got.drawable().top_k, got.drawable().stop) == (3, ("x",))
     assert got.drawable().seed != got.drawable().seed
     assert decode_chat(ask(temperature=0.7, seed=3)).drawable().seed == 3
 
@@ -72,7 +81,7 @@ def test_text_parts_become_lines() -> None:
         (b'{"model": "m\xff"}', ["not valid UTF-8", "byte 12"]),
         (b'{"model": "\\udc00x"}', ["not valid JSON", "surrogate"]),
         (b"[1]", ["the body", "array"]),
-        (ask()[:-1] + b', "stop": ' + b"[" * 100_000, ["nested too deeply"]),
+        (ask()[:-1] + b', "tools": ' + b"[" * 100_000, ["nested too deeply"]),
     ],
 )
 def test_what_is_no_json_object_is_refused_with_its_place(body: bytes, words: list[str]) -> None:
@@ -106,6 +115,20 @@ def test_what_is_no_json_object_is_refused_with_its_place(body: bytes, words: li
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"stream": 1}, "stream"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"stop": 7}, "stop"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs"),
         ({"metadata": {"k": 1}}, "metadata"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
@@ -121,8 +144,8 @@ def test_what_does_not_fit_is_refused_by_its_path(more: dict[str, Any], param: s
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("stop", ["\n"]), ("stop", "x"), ("tools", [{}]), ("tool_choice", "required"), ("functions", [{}]),
-        ("function_call", {"name": "f"}), ("logprobs", True), ("top_logprobs", 3), ("logit_bias", {"5": 1}),
+        ("n", 2), ("tools", [{}]), ("tool_choice", "required"), ("functions", [{}]),
+        ("function_call", {"name": "f"}), ("logit_bias", {"5": 1}),
         ("presence_penalty", 0.5), ("frequency_penalty", -1), ("response_format", {"type": "json_object"}),
         ("modalities", ["audio"]), ("audio", {}), ("prediction", {}), ("reasoning_effort", "high"),
         ("verbosity", "low"), ("web_search_options", {}), ("service_tier", "priority"), ("store", True),
@@ -149,7 +172,7 @@ def finished() -> ClientStream:
 
 def test_the_official_types_read_an_answer() -> None:
     words = Wording("chatcmpl-1", 1_700_000_000, "m", 20, usage_in_chunks=False)
-    got = ChatCompletion.model_validate_json(words.whole("hi", finished()), strict=True)
+    got = ChatCompletion.model_validate_json(words.whole(Piece("hi"), finished()), strict=True)
     assert got.choices[0].message.content == "hi" and got.choices[0].finish_reason == "length"
     assert got.usage is not None and got.usage.prompt_tokens_details is not None
     assert (got.usage.prompt_tokens, got.usage.completion_tokens, got.usage.total_tokens) == (20, 5, 25)
@@ -159,7 +182,7 @@ def test_the_official_types_read_an_answer() -> None:
 @pytest.mark.parametrize("usage", [True, False])
 def test_the_official_types_read_a_stream(usage: bool) -> None:
     words = Wording("chatcmpl-1", 1_700_000_000, "m", 20, usage_in_chunks=usage)
-    raw = words.first("he") + words.more("y\n") + words.last(finished())
+    raw = words.first(Piece("he")) + words.more(Piece("y\n")) + words.last(finished())
     assert raw.endswith(b"\n\n" + DONE)
     events = raw.removesuffix(DONE).decode().split("\n\n")[:-1]
     assert all(event.startswith("data: ") and "\n" not in event for event in events)
@@ -169,3 +192,26 @@ def test_the_official_types_read_a_stream(usage: bool) -> None:
     assert [c.choices[0].finish_reason for c in chunks[:4]] == [None, None, None, "length"]
     assert [c.usage and c.usage.total_tokens for c in chunks[4:]] == ([25] if usage else [])
     assert all(('"usage":null' in event) == usage for event in events[:4])
+
+
+LOGS = (
+    Logged(b" caf\xc3", -0.5, [(b" caf\xc3", -0.5), (b"<|im_end|>", float("-inf"))], 2),
+    Logged(b"\xa9", -1.25, [], 6),
+)
+
+
+def test_the_official_types_read_logprobs_whole_and_streamed() -> None:
+    words = Wording("chatcmpl-1", 1_700_000_000, "m", 20, usage_in_chunks=False)
+    whole = ChatCompletion.model_validate_json(words.whole(Piece("a café", LOGS), finished()), strict=True)
+    event = words.more(Piece(" café", LOGS)).removeprefix(b"data: ")
+    last = ChatCompletionChunk.model_validate_json(words.more(Piece("", LOGS[1:])).removeprefix(b"data: "), strict=True)
+    for choice in (whole.choices[0], ChatCompletionChunk.model_validate_json(event, strict=True).choices[0]):
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        first, second = choice.logprobs.content
+        assert (first.token, first.logprob, first.bytes) == ("bytes:\\x20\\x63\\x61\\x66\\xc3", -0.5, [*b" caf\xc3"])
+        assert [(top.token, top.logprob) for top in first.top_logprobs][1] == ("<|im_end|>", -9999.0)
+        joined = bytes((first.bytes or []) + (second.bytes or []))
+        assert joined.decode() == " café", "as OpenAI says"
+        assert second.top_logprobs == []
+    assert last.choices[0].logprobs is not None and last.choices[0].delta.content is None
+    assert b"logprobs" not in words.whole(Piece("hi"), finished()) + words.more(Piece("hi"))

@@ -2,7 +2,8 @@
 
 Run: python -m pytest tests/service/test_pool.py -q
 Mutations it caught: no restart; a restart in spite of the limit; the journal of the first life overwritten; Abort sent
-to another replica; a loss that is told after the ends; nothing computed elsewhere.
+to another replica; a loss that is told after the ends; nothing computed elsewhere; nobody waits for the next life; no
+watch; idle counts as silent; a look too few; silence counted from an answer long ago.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import httpx
 import pytest
 
 from engine.events import Ended, ReplicaBack, ReplicaLost
-from engine.service.replicas import share_cores
+from engine.service.pool import LOOKS
+from engine.service.replicas import ReplicaProcess, share_cores
 from sim.twin.replay import replay
 from tests.service.conftest import Starter
-from tests.service.harness import CHAT, STEP_20_MS, body, check_error, journal
+from tests.service.harness import CHAT, STEP_20_MS, Engine, body, check_error, journal
 
 CALLERS = 12
 
@@ -44,13 +46,11 @@ def test_a_replica_killed_in_mid_batch_leaves_nobody_without_an_answer(started: 
             engine.worker.kill()
         for told in begun:
             assert '"code":"replica_lost"' in told.result(), "half an answer ends with an error, not in silence"
-        for told in asked:
-            check_error(told.result(), 503, "replica_lost")
-        engine.until(lambda: engine.inside.pool.restart_s)
+        assert [told.result().status_code for told in asked] == [200] * 8, "they wait for the next life"
         again = ask(clients[0], 99, 4)
         assert again.status_code == 200
         assert clients[0].get("/readyz").status_code == 200
-        assert engine.inside.pool.restart_s[0] < 20
+        assert engine.inside.pool.restart_s[0] < 3
     engine.quiet()
     engine.call(engine.inside.flush)
     told = [entry.event for entry in journal(engine.folder)]
@@ -90,6 +90,75 @@ def test_one_that_dies_too_often_is_given_up(started: Starter) -> None:
     engine.until(engine.inside.lost.is_set)
     with engine.http() as client:
         check_error(client.post(CHAT, json=body("anybody?")), 503, "replica_lost")
+
+
+def line_of(engine: Engine) -> ReplicaProcess:
+    return engine.call(lambda: engine.inside.pool._there[0])
+
+
+def impatient(engine: Engine, hang_s: float) -> None:
+    """The watch looks that often from its next look on."""
+    engine.call(lambda: setattr(engine.inside.pool, "hang_s", hang_s))
+
+
+def test_one_that_hangs_is_killed_and_only_what_it_had_begun_is_lost(started: Starter) -> None:
+    engine = started(STEP_20_MS)
+    impatient(engine, 0.8)
+    with ThreadPoolExecutor(CALLERS) as pool, ExitStack() as stack:
+        clients = [stack.enter_context(engine.http()) for _ in range(6)]
+        begun = [pool.submit(stream, client, n) for n, client in enumerate(clients[:2])]
+        engine.until(lambda: sum(f.started for f in engine.inside.driver.machine.flights.seated()) == 2)
+        engine.worker.suspend()  # for ever: nobody wakes it
+        asked = [pool.submit(ask, client, n, 4) for n, client in enumerate(clients[2:])]
+        for told in begun:
+            assert '"code":"replica_lost"' in told.result()
+        assert [told.result().status_code for told in asked] == [200] * 4
+    engine.quiet()
+    assert len(engine.inside.pool.restart_s) == 1
+    assert not engine.worker.is_running()
+
+
+def test_a_pause_shorter_than_the_limit_is_survived(started: Starter) -> None:
+    engine = started(STEP_20_MS)
+    impatient(engine, 2.0)
+    line = line_of(engine)
+    with ThreadPoolExecutor(2) as pool, engine.http() as client:
+        with engine.frozen():
+            told = pool.submit(ask, client, 1, 4)
+            engine.until(lambda: line._silent_looks == LOOKS - 1)
+        assert told.result().status_code == 200
+    assert not engine.inside.pool.restart_s
+    assert engine.worker.is_running()
+
+
+def test_an_idle_one_is_silent_with_good_reason(started: Starter) -> None:
+    engine = started()
+    impatient(engine, 0.1)
+    line = line_of(engine)
+    looks: list[int] = []
+    was = line.look
+    engine.call(lambda: setattr(line, "look", lambda: looks.append(was()) or looks[-1]))
+    engine.until(lambda: len(looks) > 3 * LOOKS)
+    assert set(looks) == {0}
+    with engine.http() as client:
+        assert ask(client, 1, 4).status_code == 200
+    assert not engine.inside.pool.restart_s
+
+
+def test_a_broken_connection_is_a_death_and_the_old_process_goes(started: Starter) -> None:
+    engine = started(STEP_20_MS)
+    with ThreadPoolExecutor(CALLERS) as pool, ExitStack() as stack:
+        clients = [stack.enter_context(engine.http()) for _ in range(5)]
+        begun = pool.submit(stream, clients[0], 0)
+        engine.until(lambda: sum(f.started for f in engine.inside.driver.machine.flights.seated()) == 1)
+        with engine.frozen():
+            asked = [pool.submit(ask, client, n, 4) for n, client in enumerate(clients[1:])]
+            engine.waiting(5)
+            engine.call(line_of(engine)._transport.abort)  # type: ignore[union-attr]
+        assert '"code":"replica_lost"' in begun.result()
+        assert [told.result().status_code for told in asked] == [200] * 4
+    engine.quiet()
+    assert not engine.worker.is_running()
 
 
 @pytest.mark.parametrize(

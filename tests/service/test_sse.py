@@ -171,9 +171,9 @@ def listening(leave_with: BaseException | None = None, hang_up: bool = False) ->
         text = ""
         with contextlib.suppress(ZeroDivisionError, asyncio.CancelledError):
             async with asyncio.timeout(10), Listener(stream, receive, cancelled.append) as listener:
-                text = await listener.read()
+                text = (await listener.read()).text
                 if hang_up:
-                    text += await listener.read()
+                    text += (await listener.read()).text
                 if leave_with is not None:
                     raise leave_with
         return cancelled, len(asyncio.all_tasks()) - 1, text

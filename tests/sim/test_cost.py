@@ -19,10 +19,10 @@ from engine.config import ModelConfig, Scenario
 from engine.errors import CalibrationError
 from engine.events import StepShape
 from engine.model.encoder_folder import digest_of, find_folder
-from engine.model.stepcost import StepCost
 from engine.scenario import data_path
 from engine.scenario import load as load_scenario
 from engine.service.replicas import share_cores
+from engine.stepcost import StepCost
 from sim.twin.calibrate import busy_words, describe
 from sim.twin.cost import (
     Calibration,

@@ -13,7 +13,7 @@ import pytest
 
 from engine.events import StepShape
 from engine.model.blockhash import Hasher
-from engine.model.stepcost import StepCost
+from engine.stepcost import StepCost
 from sim.twin.cost import FEATURES, Calibration, Fit, this_machine
 from sim.twin.driver import Lags
 from sim.twin.steps import LoggedStep, cost_error, logged_steps, outside_share, outside_words, shapes

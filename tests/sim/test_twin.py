@@ -21,7 +21,7 @@ from engine.config import (
 )
 from engine.events import Arrive
 from engine.model.blockhash import Hasher
-from engine.model.stepcost import StepCost
+from engine.stepcost import StepCost
 from engine.units import S_NS
 from sim.twin.driver import Lags
 from sim.twin.system import TwinArrival, TwinRun, TwinSystem
