@@ -167,6 +167,7 @@ class BatcherConfig(Section):
 
     step_tokens: Positive = 128  # prompt tokens + decode rows in a step: bounds the step, hence a critical one's wait
     max_step_ms: Positive = 250  # a step's prompt tokens are cut so that the calibration predicts no more than this
+    step_margin: Share = 0.08  # of max_step_ms, not planned for: steps take longer than predicted by 3 % in the middle
     slots: Positive = 16  # sequences that hold KV and run
     reserved_slots: NonNegative = 2  # of these, only for critical
     reserved_blocks: NonNegative = 32  # KV blocks that only critical may take last
@@ -179,6 +180,11 @@ class BatcherConfig(Section):
     age_ms: NonNegative = 5000  # waited so long, sheddable counts as standard; beyond its TTFT SLOs: 0 = never
     hold_back_tokens: Positive = 32  # so much of a prompt is worth waiting for while another computes it
     max_multi_steps: Positive = 16  # longest run of pure decode steps between two looks at the mailbox
+
+    @property
+    def step_limit_ns(self) -> int:
+        """What a step may take by prediction."""
+        return round(ms_to_ns(self.max_step_ms) * (1 - self.step_margin))
 
 
 class PrefixConfig(Section):
@@ -250,7 +256,7 @@ class Scenario(Section):
     seed: int = 1
     replicas: Positive = 1
     replica_restarts: NonNegative = 5  # of a replica that died, within a minute; then it is given up
-    replica_hang_s: NonNegativeFloat = 0.0  # work and no word for so long: killed; 0 = 40 x batcher.max_step_ms
+    replica_hang_s: NonNegativeFloat = 0.0  # work and no word for so long: killed; 0 = 40 x max_step_ms
     classes: dict[str, ClassConfig] = msgspec.field(default_factory=dict)
     workload: WorkloadConfig = WorkloadConfig()
     model: ModelConfig = ModelConfig()

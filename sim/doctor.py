@@ -107,9 +107,9 @@ def _kernels() -> Check:
     try:
         made = compiling.library()
     except (OSError, subprocess.SubprocessError) as error:
-        fix = "apt install g++" if compiling.compiler() is None else "CXX=... names another compiler"
+        fix = "apt install g++" if not compiling.compiler() else "CXX=... names another compiler"
         return Check("kernels", None, f"{error}: torch alone computes, decode is up to twice as slow", fix)
-    return Check("kernels", True, f"compiled with {compiling.compiler()} into {made}")
+    return Check("kernels", True, f"compiled with {' '.join(compiling.compiler())} into {made}")
 
 
 def _faiss() -> Check:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -23,9 +24,10 @@ COMPILERS = ("c++", "g++", "clang++")
 MISSING = "no C++ compiler (Debian: apt install g++)"
 
 
-def compiler() -> str | None:
-    """$CXX, or the first that is installed."""
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+def compiler() -> list[str]:
+    """$CXX with its arguments, or the first that is installed; empty where there is none."""
+    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), "")
+    return shlex.split(found)
 
 
 def mark() -> str:
@@ -34,27 +36,27 @@ def mark() -> str:
     OSError or SubprocessError from a compiler that does not say its version.
     """
     command = compiler()
-    if command is None:
+    if not command:
         return ""
-    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    asked = [*command, "--version"]
+    version = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout
     return sha256("\0".join((SOURCE.read_text(), version, *FLAGS, _processor())).encode()).hexdigest()[:16]
 
 
 def library() -> Path:
     """The compiled file, made now unless it is there. OSError or SubprocessError when it cannot be made."""
     command = compiler()
-    if command is None:
+    if not command:
         raise OSError(MISSING)
     target = cache_dir() / "native" / f"kernels-{mark()}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / "kernels.so"
-            done = subprocess.run(
-                [command, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=120
-            )
+            asked = [*command, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
             if done.returncode:
-                raise OSError(f"{command} gave up: {done.stderr.strip()[-300:]}")
+                raise OSError(f"{shlex.join(command)} gave up: {done.stderr.strip()[-300:]}")
             made.replace(target)  # whole or not at all: replicas start side by side
     return target
 

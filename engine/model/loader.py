@@ -147,6 +147,12 @@ def refusal(model: Any) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or getattr(config, "attention_chunk_size", None):
         return f"it has layers that are no plain attention: {', '.join(sorted(kinds)) or 'chunked attention'}"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {part.get("rope_type", part.get("type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return "its rotation depends on the longest sequence in the batch (dynamic or long RoPE)"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
     if not model.is_backend_compatible():
         return f"{type(model).__name__} does not follow transformers' attention interface"
     if not model._supports_logits_to_keep():

@@ -93,7 +93,7 @@ def _threads(rows: int) -> int:
 
 @cache
 def kernels() -> Kernels | None:
-    """Compiled at the first call of a process, unless the cache has it; None when it cannot be had or trusted."""
+    """Loaded at the first call of a process, compiled unless the cache has it; None when not to be had or trusted."""
     try:
         made = Kernels(ctypes.CDLL(str(compiling.library())))
     except (OSError, subprocess.SubprocessError) as error:
@@ -123,5 +123,23 @@ def _agrees(made: Kernels) -> bool:
     x, weight = torch.randn(3, 48, generator=draw), torch.randn(48, generator=draw)
     normed = F.rms_norm(x + 1.0, (48,), weight, 1e-5)
     added = made.add_norm(x.clone(), torch.ones(3, 48), weight, 1e-5)
-    pairs = ((out, wanted), (made.gate(both), gated), (added, normed))
+    pairs = ((out, wanted), (made.gate(both), gated), (added, normed), *_written(made, draw))
     return all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in pairs)
+
+
+def _written(made: Kernels, draw: torch.Generator) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Two rows of one query, key and value head: normed, rotated, written to slots 3 and 0."""
+    qkv = torch.randn(2, 48, generator=draw)
+    angles = torch.randn(2, 8, generator=draw).repeat(1, 2)
+    weights = torch.randn(2, 16, generator=draw)
+    rotation = (angles.cos(), angles.sin())
+    wanted = []
+    for part, weight in zip(qkv.clone().split(16, 1)[:2], weights, strict=True):
+        x = F.rms_norm(part, (16,), weight, 1e-5)
+        wanted.append(x * rotation[0] + torch.cat((-x[:, 8:], x[:, :8]), 1) * rotation[1])
+    values = qkv[:, 32:].clone()
+    pages = torch.zeros(2, 1, 4, 1, 16)
+    slots = torch.tensor([3, 0])
+    made.write_kv(qkv, pages[0], pages[1], slots, rotation, (weights[0], weights[1]), 1e-5)
+    k, v = (x.view(4, 16)[slots] for x in pages)
+    return (qkv[:, :16], wanted[0]), (k, wanted[1]), (v, values)

@@ -7,6 +7,7 @@ Method: flat token batches as in vLLM v1. Not thread-safe: one worker owns it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from engine.model.graphs import ROWS, DecodeGraphs
 from engine.model.loader import LoadedModel
 from engine.model.sampler import SamplingParams, logprobs_of, sample
 from engine.model.stepping import Emit, StepResult, TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,20 +91,25 @@ class TorchRunner:
     def run(self, step: RunStep, message_waits: Callable[[], bool], emit: Emit | None = None) -> StepResult:
         """See ``stepping.Runner``."""
         report, steps = _Report(), 0
-        try:
-            self._apply(step)
-            while True:
+        while True:
+            try:
+                if steps == 0:
+                    self._apply(step)
                 self._step(step.chunks if steps == 0 else (), report)
-                steps += 1
-                if steps >= step.at_most or report.ended or report.logprobs or message_waits():
-                    break
-                if emit is not None:
-                    emit(list(report.tokens.items()))
-                    report.tokens.clear()
-        except Exception as error:  # the machine decides what a failed step means; the worker lives on
-            if not steps:
-                return StepResult(StepFailed(f"{type(error).__name__}: {error}"), [])
-            # those before it stand, their tokens are out: what raised is tried again, as the first of its own plan
+            except torch.AcceleratorError:
+                raise  # the device is lost to this process: it ends, and is started anew
+            except Exception as error:  # the machine decides what a failed step means; the worker lives on
+                if not steps:
+                    return StepResult(StepFailed(f"{type(error).__name__}: {error}"), [])
+                # those before it stand, their tokens are out: what raised is tried again, as the first of its own plan
+                log.warning("step %d of a run raised: %s: %s", steps + 1, type(error).__name__, error)
+                break
+            steps += 1
+            if steps >= step.at_most or report.ended or report.logprobs or message_waits():
+                break
+            if emit is not None:
+                emit(list(report.tokens.items()))
+                report.tokens.clear()
         return StepResult(report.done(steps), list(report.tokens.items()), list(report.logprobs.items()))
 
     def _apply(self, step: RunStep) -> None:

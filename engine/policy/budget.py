@@ -1,7 +1,7 @@
 """How many prompt tokens a step may still take: a number of tokens, and a time where a step's cost is known.
 
 The decode rows come first and are never cut. Chunks fill the rest in strict order; the first that must be cut ends the
-step. By time, a chunk is the longest for which the predicted step stays within ``max_step_ms``
+step. By time, a chunk is the longest for which the predicted step stays within ``max_step_ms`` less a margin
 (``engine/stepcost.py``; monotone in the chunk, so a bisection with the exact formula finds it). Whatever the rows take,
 the first chunk gets one block's worth of tokens, as far as the token budget lets it: a prompt comes to its end however
 slow the steps are.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from engine.config import ReplicaConfig
 from engine.events import StepShape
-from engine.units import ms_to_ns
 
 
 class StepBudget:
@@ -25,7 +24,7 @@ class StepBudget:
     def __init__(self, config: ReplicaConfig, decode_rows: int, decode_kv_tokens: int, by_time: bool = True) -> None:
         """``by_time`` False: tokens alone count, as in a trial after a step that raised, which is a part of that."""
         self._by_time = by_time
-        self._cost, self._max_ns = config.cost if by_time else None, ms_to_ns(config.batcher.max_step_ms)
+        self._cost, self._max_ns = config.cost if by_time else None, config.batcher.step_limit_ns
         self._least = config.prefix.block_tokens
         self._decode_rows, self._decode_kv = decode_rows, decode_kv_tokens
         self._critical = False  # a critical chunk has been taken

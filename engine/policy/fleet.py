@@ -62,6 +62,8 @@ class Fleet:
         if not open_:
             return 0
         replica = self.router.choose(open_, ask)
+        if self.forecast.idle(replica, cls.priority):
+            return 0  # were it refused too, no step would ever teach a better pace
         wait_ns = self.forecast.ttft_ns(replica, cls.priority, self.router.to_compute(replica, ask))
         late_ns = 0 if wait_ns is None else max(0, now_ns + wait_ns - ask.arrived_ns - cls.start_within_ns)
         self.forecast.refused += late_ns > 0

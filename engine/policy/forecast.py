@@ -72,6 +72,11 @@ class Forecast:
         ahead = sum(lane.said[: priority + 1]) + sum(lane.unseen_tokens[: priority + 1])
         return (ahead + tokens) * S_NS // lane.tps
 
+    def idle(self, replica: int, priority: int) -> bool:
+        """Nothing of this priority or above is known to be ahead there."""
+        lane = self._lanes[replica]
+        return not any((*lane.said[: priority + 1], *lane.unseen_tokens[: priority + 1]))
+
     def stats(self) -> ForecastStats:
         """A snapshot."""
         return ForecastStats(

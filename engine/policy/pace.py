@@ -37,7 +37,7 @@ class Pace:
 
     def add(self, tokens: int, ns: int, full: bool) -> None:
         """A step was done: prompt tokens computed, its duration, and whether it left something waiting."""
-        if full:
+        if full or 0 < self._full.tps() * ns < tokens * S_NS:  # to have been faster than known is proof too
             self._full.add(tokens, ns)
         if tokens:
             self._any.add(tokens, ns)

@@ -44,6 +44,7 @@ class ReplicaPool:
         """``hang_s``: work and no word for so long, at most a quarter more, and it is killed."""
         self.hang_s = hang_s
         self._standby: Process | None = None
+        self._standing_by = False  # one is being started
         self._hear, self._lost, self._back, self._dead, self._restarts = hear, lost, back, dead, restarts
         self._there: dict[int, ReplicaProcess] = {}
         self._lines: set[ReplicaProcess] = set()  # all that have not been stopped
@@ -96,8 +97,15 @@ class ReplicaPool:
 
     async def _stand_by(self) -> None:
         """A process for whoever dies next. The fake model has nothing that could be imported beforehand."""
-        if self._restarts and self._specs[0].model.name != "fake":
+        if not self._restarts or self._specs[0].model.name == "fake" or self._standing_by:
+            return
+        self._standing_by = True
+        try:
             self._standby = await launch("engine.model.standby", self._specs[0].threads)
+        except OSError as error:
+            log.warning("no standby process: %s", error)
+        finally:
+            self._standing_by = False
 
     async def _watch(self) -> None:
         """Kill those that have work and say nothing."""
@@ -116,7 +124,7 @@ class ReplicaPool:
             standby = None
         try:
             ready = await line.start(msgspec.structs.replace(spec, socket_path=line.socket_path), standby)
-        except UserError:
+        except (UserError, OSError):
             await line.stop(0.0)
             self._lines.discard(line)
             raise
@@ -151,12 +159,12 @@ class ReplicaPool:
         self._lines.discard(line)
         tries = len(self._deaths[number])
         while True:
-            await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * (2 ** (tries - 1) - 1)))
+            await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * (2 ** min(tries - 1, 10) - 1)))
             spec = self._specs[number]
             try:
                 await self._spawn(number, msgspec.structs.replace(spec, journal=_free(spec.journal)))
                 break
-            except UserError as error:
+            except (UserError, OSError) as error:  # no memory for a process, no disk: that may pass
                 log.error("replica %d could not be started anew: %s", number, error)
                 tries += 1
         if number in self._there:

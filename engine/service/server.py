@@ -44,6 +44,7 @@ from engine.stepcost import StepCost
 
 DRAIN_TIMEOUT_S = 30.0
 HANG_UP_S = 5  # after the drain: for answers that are being sent
+UNBOUND_HANG_S = 120.0
 FLUSH_S = 0.2  # a gateway that is killed loses no more of journal and ledger than this
 
 
@@ -132,7 +133,10 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             if driver is not None:
                 driver.welcome(replica)
 
-        hang_s = scenario.replica_hang_s or HANG_STEPS * scenario.batcher.max_step_ms / 1000
+        longest_s = HANG_STEPS * scenario.batcher.max_step_ms / 1000
+        # without a calibration only tokens bound a step: a large model on a small machine takes its time
+        bound = options.step_cost is not None or scenario.model.name == "fake"
+        hang_s = scenario.replica_hang_s or max(longest_s, 0.0 if bound else UNBOUND_HANG_S)
         pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts, hang_s)
         stack.push_async_callback(pool.stop)
         specs = worker_specs(scenario, keys.tenants, options, hasher.key, epoch_ns, replica_cores, threads)

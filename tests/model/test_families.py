@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.model import compiling
 from engine.model.fused import FusedLayer
 from engine.model.loader import load, load_plain
 from engine.model.packing import PackedLinear
@@ -37,7 +38,10 @@ def sale(count: int = 14) -> list[Request]:
     return requests
 
 
-@pytest.mark.parametrize("way", ["native", "gathered"])
+NO_COMPILER = pytest.mark.skipif(not compiling.compiler(), reason="no C++ compiler here: torch attends instead")
+
+
+@pytest.mark.parametrize("way", [pytest.param("native", marks=NO_COMPILER), "gathered"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_generate(tmp_path: Path, family: str, way: str, device: str) -> None:
     if device == "cuda" and way == "native":
@@ -79,6 +83,7 @@ def test_a_layer_that_only_looks_like_llama_is_not_fused(tmp_path: Path) -> None
     assert differences(plain, sale(4), through_replica(model, sale(4), SHAPES["chunked"]), eos=2) == []
 
 
+@NO_COMPILER
 def test_fused_layers_that_give_other_numbers_are_not_used(tmp_path: Path, monkeypatch, caplog) -> None:
     folder = saved(tmp_path, "llama")
     right = FusedLayer.forward

@@ -67,6 +67,9 @@ def test_other_architectures_give_transformers_tokens(tmp_path: Path, kind: str)
 
 
 REFUSALS = {
+    "longest sequence in the batch": transformers.LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    ),
     "no plain attention": transformers.Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"]),
     "MLA": transformers.DeepseekV3Config(
         vocab_size=2000, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,

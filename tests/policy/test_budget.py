@@ -35,7 +35,7 @@ def config_of(
     cost: StepCost | None, step_tokens: int = 128, max_step_ms: int = 250, block_tokens: int = 16
 ) -> ReplicaConfig:
     return ReplicaConfig(
-        batcher=BatcherConfig(step_tokens=step_tokens, max_step_ms=max_step_ms),
+        batcher=BatcherConfig(step_tokens=step_tokens, max_step_ms=max_step_ms, step_margin=0.0),
         prefix=PrefixConfig(block_tokens=block_tokens), cost=cost,
     )
 
@@ -132,7 +132,8 @@ def test_a_trial_after_a_step_that_raised_is_not_cut_by_time() -> None:
 def test_no_step_is_longer_than_it_may_be_and_the_budget_is_used() -> None:
     """Eight rows decode while long prompts come without end: every step with a prompt is filled up to its time, less
     what the rows would add to a critical prompt's own step: at the end 8 rows and one, 3 ms each, over 4,000 tokens."""
-    config = replace(config_of(COST, max_step_ms=150), batcher=BatcherConfig(max_step_ms=150, slots=16))
+    batcher = BatcherConfig(max_step_ms=150, step_margin=0.0, slots=16)
+    config = replace(config_of(COST), batcher=batcher)
     replica = Replica(config)
     for sid in range(12):
         replica.handle(0, Submit(sid, sid, "t", "c", 1, 0, 1 << 62, 500, 24))

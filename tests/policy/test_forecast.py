@@ -7,7 +7,7 @@ the time on the way to the gateway not counted.
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -82,17 +82,24 @@ TestForecast = ForecastMachine.TestCase
     st.tuples(st.integers(0, 512), st.integers(MS_NS, 2 * S_NS), st.booleans()), min_size=1, max_size=60
 ))
 def test_the_pace_is_that_of_recent_full_steps(steps: list[tuple[int, int, bool]]) -> None:
+    def tps(counted: list[tuple[int, int]]) -> float:
+        weight, tokens_sum, ns_sum = 1.0, 0.0, 0.0
+        for tokens, ns in reversed(counted):  # each fades by what came after it
+            tokens_sum, ns_sum = tokens_sum + weight * tokens, ns_sum + weight * ns
+            weight *= MEMORY_NS / (MEMORY_NS + ns)
+        return tokens_sum / ns_sum * S_NS if ns_sum else 0.0
+
     pace = Pace()
+    counted: list[tuple[int, int]] = []
     for tokens, ns, full in steps:
+        known, this = tps(counted), tokens / ns * S_NS
+        assume(full or not known or abs(this - known) > 1 + known / 50)  # nearer than both sides round
+        if full or 0 < known < this:
+            counted.append((tokens, ns))
         pace.add(tokens, ns, full)
-    counted = [(tokens, ns) for tokens, ns, full in steps if full]
     if not sum(tokens for tokens, _ in counted):
         counted = [(tokens, ns) for tokens, ns, _ in steps if tokens]
-    weight, tokens_sum, ns_sum = 1.0, 0.0, 0.0
-    for tokens, ns in reversed(counted):  # each fades by what came after it
-        tokens_sum, ns_sum = tokens_sum + weight * tokens, ns_sum + weight * ns
-        weight *= MEMORY_NS / (MEMORY_NS + ns)
-    want = tokens_sum / ns_sum * S_NS if ns_sum else 0.0
+    want = tps(counted)
     assert abs(pace.tps() - want) <= 1 + want / 100
 
 
@@ -199,3 +206,14 @@ def test_the_best_replica_counts_and_a_dead_one_does_not() -> None:
     assert fleet.predicted_ns()["chat"] == S_NS // 2
     fleet.lose(1)
     assert fleet.predicted_ns()["chat"] == 2 * S_NS
+
+
+def test_an_idle_replica_is_asked_however_slow_it_is_thought_to_be() -> None:
+    """Were all refused, no step would ever teach it a better pace."""
+    fleet = Fleet(GatewayConfig(classes=CLASSES, tenants={}, overload=OverloadConfig(predictive=True)))
+    name, cls = next((name, cls) for name, cls in CLASSES.items() if cls.priority)
+    ask = Arrive(1, "r1", "t", name, 0, prompt_tokens=500, max_tokens=4)
+    fleet.hear(Pressure(0, -1, running=0, backlog_tokens=(0, 0, 0), prefill_tps=1))
+    assert fleet.late_ns(0, ask, cls) == 0
+    fleet.hear(Pressure(0, -1, running=1, backlog_tokens=(0, 900, 0), prefill_tps=1))
+    assert (fleet.late_ns(0, ask, cls) > 0) == (cls.priority >= 1)

@@ -430,7 +430,7 @@ class ReplicaWorld:
         count = shape.decode_rows + shape.prefill_rows
         rows = StepShape(decode_rows=count, decode_kv_tokens=shape.decode_kv_tokens + shape.decode_rows + contexts)
         own = 0 if critical else self.config.cost.ns(rows) - self.config.cost.ns(StepShape())
-        return ms_to_ns(self.batcher.max_step_ms) - own
+        return self.batcher.step_limit_ns - own
 
     def _no_time(self, shape: StepShape, victims: int, critical: bool) -> bool:
         """Would one more token, at worst at the longest context, make the step too long?"""

@@ -1,7 +1,7 @@
-"""The bare matrix products of a step and nothing else: every packed linear of the model in its order, on random rows.
+"""The bare matrix products of a step and nothing else: every packed linear of our model in its order, on random rows.
 
 No norm, no activation, no attention, no embedding, no sampling: a step cannot be faster than this on the same kernels.
-QKV apart, as in the model; the output head on one row of each sequence.
+Query, key and value in one product, gate and up in one, as our layers have them; the head on one row of each sequence.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from engine.model.loader import load_plain, prepare
+from engine.model.loader import load, prepare
 from engine.model.packing import PackedLinear
 from tests.bench.peers.line import Job, Run, Seen, serve
 
@@ -21,11 +21,10 @@ THREADS = 2
 def contender(device: str) -> Run:
     """The packed linears, without the model around them."""
     assert device == "cpu", "packing is for CPUs"
-    torch.set_num_threads(THREADS)
-    model = load_plain(prepare("smollm2", lambda line: None))
+    model = load(prepare("smollm2", lambda line: None), threads=THREADS).model
     linears = [module for module in model.modules() if type(module) is PackedLinear]
     body, head = linears[:-1], linears[-1]
-    assert len(body) == 7 * model.config.num_hidden_layers, "q, k, v, o, gate, up, down in each layer"
+    assert len(body) == 4 * model.config.num_hidden_layers, "qkv, o, gate and up, down in each layer"
     assert head.out_features == model.config.vocab_size, "the output head comes last"
     hidden, inner = model.config.hidden_size, model.config.intermediate_size
 

