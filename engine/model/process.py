@@ -144,9 +144,13 @@ def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
             cost = lambda shape, later: round(base.ns(shape, later) / speed)  # noqa: E731
         table = read_answers(Path(spec.model.fake_answers)) if spec.model.fake_answers else {}
         return FakeRunner(speaker(table), hasher, cost), Ready("fake", "fake", "none", "none", 0)
-    from engine.model.loader import load, prepare  # torch: only where it is needed
+    import torch  # only where it is needed
+
+    from engine.model.loader import load, prepare
     from engine.model.runner import TorchRunner
 
+    if torch.cuda.is_available():  # a device each
+        torch.cuda.set_device(spec.replica.index % torch.cuda.device_count())
     folder = prepare(spec.model.name, lambda line: print(line, file=sys.stderr, flush=True))
     model = load(
         folder, spec.model.device, spec.model.dtype, spec.threads, spec.model.native, spec.model.deterministic,

@@ -68,7 +68,8 @@ def scenario(replicas: int = 1) -> Scenario:
             ),
         },
         batcher=BatcherConfig(
-            step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6, max_step_ms=STEP_MS, age_ms=1500,
+            step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6, max_step_ms=STEP_MS, step_margin=0.0,
+            age_ms=1500,
             watermark=0.05,
         ),
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
