@@ -69,8 +69,7 @@ def scenario(replicas: int = 1) -> Scenario:
         },
         batcher=BatcherConfig(
             step_tokens=64, slots=6, reserved_slots=1, reserved_blocks=6, max_step_ms=STEP_MS, step_margin=0.0,
-            age_ms=1500,
-            watermark=0.05,
+            age_ms=1500, watermark=0.05,
         ),
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
         exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002),
