@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.model.kvcache import KVPool
 from engine.model.spans import Flavour, Span
+from engine.units import ceil_div
 
 BUCKET_BLOCKS = 8  # decode rows whose tables differ by less than this many blocks share a padded batch
 
@@ -103,7 +104,7 @@ def plan(pool: KVPool, spans: list[Span]) -> Gathered:
     prefills: list[_Prefill] = []
     row = 0
     for span in spans:
-        width = -(-span.keys // pool.block_tokens)
+        width = ceil_div(span.keys, pool.block_tokens)
         if span.length == 1:
             singles.append((width, row, span))
         else:

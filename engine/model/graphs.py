@@ -17,6 +17,7 @@ from engine.model.attention import Paged, Span
 from engine.model.kvcache import KVPool
 from engine.model.loader import LoadedModel
 from engine.model.varlen import Varlen
+from engine.units import ceil_div
 
 ROWS = (1, 2, 4, 8, *range(16, 257, 8))
 
@@ -31,7 +32,7 @@ class DecodeGraphs:
     def __init__(self, loaded: LoadedModel, pool: KVPool, trash: int, record: bool = True) -> None:
         self._model, self._pool, self._trash, self._record = loaded.model, pool, trash, record
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        most, width = ROWS[-1], min(-(-loaded.max_context // pool.block_tokens), pool.num_blocks)
+        most, width = ROWS[-1], min(ceil_div(loaded.max_context, pool.block_tokens), pool.num_blocks)
         self._max_keys = width * pool.block_tokens
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -68,7 +69,7 @@ class DecodeGraphs:
         """The step into the buffers; what lies beyond a row's keys in its table stays, and is not read."""
         pads, size = rows - len(ids), self._pool.block_tokens
         slots = [slot for span in spans for slot in span.slots(size)]
-        columns = -(-max(span.keys for span in spans) // size)
+        columns = ceil_div(max(span.keys for span in spans), size)
         tables = [(span.table + [self._trash] * columns)[:columns] for span in spans]
         for buffer, numbers in (
             (self._ids[:rows], ids + [0] * pads),

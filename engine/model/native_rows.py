@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.model.kvcache import KVPool
 from engine.model.spans import Flavour, Span
+from engine.units import ceil_div
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ def plan(pool: KVPool, spans: list[Span]) -> NativeRows:
     for span in spans:
         last += range(span.past + 1, span.keys + 1)
         tables += [len(table)] * span.length
-        table += span.table[: -(-span.keys // pool.block_tokens)]
+        table += span.table[: ceil_div(span.keys, pool.block_tokens)]
     return NativeRows(
         torch.tensor(last, dtype=torch.int32), torch.tensor(tables), torch.tensor(table, dtype=torch.int32), sum(last)
     )

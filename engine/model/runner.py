@@ -23,6 +23,7 @@ from engine.model.graphs import ROWS, DecodeGraphs
 from engine.model.loader import LoadedModel
 from engine.model.sampler import SamplingParams, logprobs_of, sample
 from engine.model.stepping import Emit, StepResult, TokenLogprobs
+from engine.units import ceil_div
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class TorchRunner:
             self._running.pop(sid, None)
         fresh: list[int] = []
         for start in step.start:
-            fresh += start.blocks[-(-start.computed // self._block_tokens) :]
+            fresh += start.blocks[ceil_div(start.computed, self._block_tokens) :]
             seq = self._known[start.sid]
             seq.computed, seq.table, seq.decoding = start.computed, list(start.blocks), False
             self._running[start.sid] = seq

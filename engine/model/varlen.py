@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.model.kvcache import KVPool
 from engine.model.spans import Flavour, Span
+from engine.units import ceil_div
 
 BLOCK_TOKENS = 256
 
@@ -76,7 +77,7 @@ class Varlen:
 def plan(pool: KVPool, spans: list[Span]) -> Varlen:
     """All spans."""
     keys = [span.keys for span in spans]
-    width = -(-max(keys) // pool.block_tokens)
+    width = ceil_div(max(keys), pool.block_tokens)
     tables = [(span.table + [0] * width)[:width] for span in spans]
 
     def tensor(numbers: Sequence[object]) -> Tensor:

@@ -2,7 +2,8 @@
 
 A replica that dies is said to be lost at once, started anew, and said to be back when its weights are loaded. A process
 on standby has imported everything by then, so that it takes half the time; a second death within a minute waits for a
-pause that doubles. One that has died too often is given up; when none is left, the pool is. One that hangs, which is to
+pause that doubles. One that has died too often is given up (a start that fails is tried for ever, with pauses); when
+none is left, the pool is. One that hangs, which is to
 say has work and stays silent, is killed, and then it has died.
 """
 
@@ -28,8 +29,9 @@ log = logging.getLogger(__name__)
 
 WITHIN_S = 60.0  # deaths of before are forgiven
 PAUSE_S, PAUSE_MAX_S = 0.2, 10.0
-# every step says something, if only that less is queued, and `batcher.max_step_ms` says how long one may be: 40 times
-# that is 10 s by default, 4 times the longest step ever seen (2.4 s, torch and encoder on one core)
+# every step says something, if only that less is queued; with a calibration `batcher.max_step_ms` says how long one may
+# be (without one the server allows more): 40 times that is 10 s by default, 4 times the longest step ever seen (2.4 s,
+# torch and encoder on one core)
 HANG_STEPS = 40
 LOOKS = 4  # in a row without a word. Counted, not timed: who has slept with it has looked once
 

@@ -117,7 +117,7 @@ def test_a_prompt_comes_to_its_end_even_when_the_rows_alone_take_too_long() -> N
     world.finish()
 
 
-def test_a_trial_after_a_step_that_raised_is_not_cut_by_time() -> None:
+def test_a_step_that_raised_costs_no_answer_where_time_is_bounded() -> None:
     config = shape(step_tokens=40, slots=8, blocks=60, fair=False, reserved_slots=0, reserved_blocks=0)
     world = world_of(replace(config, cost=COST, batcher=replace(config.batcher, max_step_ms=70)))
     for n in range(8):
