@@ -10,17 +10,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from engine.cache_config import ExactConfig, SemanticConfig
 from engine.events import PRIORITY, Criticality
 from engine.stepcost import StepCost
-from engine.units import MIB_BYTES, ms_to_ns, s_to_ns
-from engine.values import Section
-
-Positive = Annotated[int, msgspec.Meta(gt=0)]
-NonNegative = Annotated[int, msgspec.Meta(ge=0)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0, le=1e15)]  # finite: JSON has no word for infinity
-NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
-Speed = Annotated[float, msgspec.Meta(gt=0)]  # may be inf
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+from engine.units import ms_to_ns, s_to_ns
+from engine.values import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share, Speed
 
 
 class ClassConfig(Section):
@@ -68,33 +62,6 @@ class TenantConfig(Section):
     burst: PositiveFloat | None = None
     tokens_per_s: NonNegativeFloat | None = None
     weight: PositiveFloat = 1.0
-
-
-class ExactConfig(Section):
-    """Answers to requests that were the same to the letter."""
-
-    enabled: bool = True
-    max_mib: PositiveFloat = 64.0  # about 300,000 answers of 200 bytes
-    ttl_s: PositiveFloat = 60.0  # prices and stock move within minutes in a sale
-    stale_s: NonNegativeFloat = 240.0  # so much older is still good enough for a sheddable class under overload
-
-    @property
-    def max_bytes(self) -> int:
-        """Capacity in bytes of answer text."""
-        return round(self.max_mib * MIB_BYTES)
-
-
-class SemanticConfig(Section):
-    """Answers to single questions that mean the same under the same hard key; rule: a fixed cosine."""
-
-    enabled: bool = True
-    cosine: Share = 0.95  # MiniLM on Banking77: of the hits at 0.95, 2.7 % were wrong; at 0.85, 4.4 %
-    approximate_cosine: Share = 0.85  # good enough for a sheddable class from level 1 on
-    neighbours: Positive = 8  # nearest entries that are looked at
-    deadline_ms: Positive = 60  # for encoding and search; then a miss
-    ttl_s: PositiveFloat = 60.0  # as for exact answers
-    stale_s: NonNegativeFloat = 240.0
-    max_entries: Positive = 20_000  # a flat search over 10,000 takes about 1 ms
 
 
 class BreakerConfig(Section):

@@ -24,6 +24,16 @@ EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining
 # ---------------------------------------------------------------- requests, as a gateway learns of them
 
 
+class TextMarks(Struct):
+    """What a question says that its vector hardly shows. Words are 4-byte digests, sorted, one after the other."""
+
+    words: bytes = b""  # that carry meaning
+    numbers: bytes = b""  # by value: numbers, dates, sizes
+    names: bytes = b""  # of things: a product, a code, a brand
+    negations: int = 0  # how many
+    poles: tuple[int, ...] = ()  # of pairs of opposites: one side positive, the other negative
+
+
 class Arrive(Struct):
     """A request whose bytes were read, whose key was checked and whose text was tokenised."""
 
@@ -39,6 +49,8 @@ class Arrive(Struct):
     text_key: bytes = b""  # digest of the only user turn; b"" = several turns, or none: not for FindSimilar
     blocks: tuple[bytes, ...] = ()  # hash chain over the prompt's full KV blocks, tagged with the tenant
     pinned_blocks: int = 0  # how many leading blocks are the class's own system prompt
+    marks: TextMarks = TextMarks()  # of the only user turn
+    draw: int = 0  # a number that nobody can foresee, uniform in [0, 2**62): for what is left to chance
 
 
 class Cancel(Struct):

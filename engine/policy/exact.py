@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from engine.config import ExactConfig
+from engine.cache_config import ExactConfig
 from engine.units import s_to_ns
 from engine.values import Struct
 

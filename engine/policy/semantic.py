@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from engine.config import SemanticConfig
+from engine.cache_config import SemanticConfig
 from engine.events import Neighbour
 from engine.units import s_to_ns
 from engine.values import Struct

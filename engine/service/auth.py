@@ -19,9 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config import ClassConfig, NonNegativeFloat, PositiveFloat, TenantConfig
+from engine.config import ClassConfig, TenantConfig
 from engine.errors import RequestError, UserError
-from engine.values import Section
+from engine.values import NonNegativeFloat, PositiveFloat, Section
 
 KEY_PREFIX = "db-"
 KEY_BYTES = 32

@@ -1,0 +1,1 @@
+"""How good the answers of the response caches are: data, replays, fits and rates with intervals."""
