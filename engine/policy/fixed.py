@@ -28,7 +28,7 @@ class FixedRule:
                 break
             if candidate.servable and not vetoed(self._vetoes, marks, candidate.marks):
                 self._served += 1
-                return Judgement(serve=index)
+                return Judgement(serve=index, approximate=candidate.cosine_millionths < self._strict)
         return Judgement()
 
     def learn(self, lesson: Lesson) -> None:

@@ -2,7 +2,8 @@
 
 The first request leads; later ones with the same exact key attach and read the same tokens. A leader whose client goes
 away flies on for its followers; the last rider to leave aborts. Nobody rides on a flight of lower criticality, which
-could be shed or preempted under a more important passenger.
+could be shed or preempted under a more important passenger. A flight with a ``job`` is the gateway's own: it needs no
+rider. One that was called off ends for those who are aboard, but is found by nobody any more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.events import Arrive, Submit
+from engine.policy.jobs import Job
+from engine.policy.rules import Key
 from engine.values import Struct
+
+BACKGROUND = "background"  # the class of what is computed for no client
 
 
 class Seat(NamedTuple):
@@ -32,13 +37,19 @@ class Flight:
     priority: int
     traffic_class: str
     sent_ns: int
+    ask: Arrive  # the leader's
+    tags: tuple[str, ...] = ()  # what its answer will depend on
+    since: int = 0  # what was called off before has no bearing on it
+    question: Key | None = None  # others find it by the likeness of theirs
+    job: Job | None = None
     riders: dict[int, bool] = field(default_factory=dict)  # rid -> its client still listens; the leader comes first
     started: bool = False  # the first token is out
 
-    def ticket(self, ask: Arrive, start_by_ns: int) -> Submit:
+    def ticket(self, start_by_ns: int) -> Submit:
         """What the replica is told: the leader's request."""
+        ask = self.ask
         return Submit(
-            sid=self.sid, rid=ask.rid, tenant=ask.tenant, traffic_class=ask.traffic_class, priority=self.priority,
+            sid=self.sid, rid=ask.rid, tenant=ask.tenant, traffic_class=self.traffic_class, priority=self.priority,
             sent_ns=self.sent_ns, start_by_ns=start_by_ns, prompt_tokens=ask.prompt_tokens, max_tokens=ask.max_tokens,
             blocks=ask.blocks, pinned_blocks=ask.pinned_blocks, replica=self.replica,
         )
@@ -59,16 +70,35 @@ class Flights:
         self._next_sid = first_sid
         self._open: dict[int, Flight] = {}
         self._by_key: dict[bytes, Flight] = {}
+        self._by_question: dict[Key, Flight] = {}
         self._attached = 0
 
-    def lead(self, rid: int, key: bytes, priority: int, traffic_class: str, now_ns: int, seat: Seat) -> Flight:
-        """A new submission. Others can find it when it has a key."""
-        flight = Flight(self._next_sid, seat.replica, seat, key, priority, traffic_class, now_ns, {rid: True})
+    def lead(
+        self, ask: Arrive, key: bytes, priority: int, now_ns: int, seat: Seat, since: int = 0,
+        tags: tuple[str, ...] = (), question: Key | None = None, job: Job | None = None,
+    ) -> Flight:
+        """A new submission. Others can find it when it has a key, or a question."""
+        riders = {} if job else {ask.rid: True}
+        flight = Flight(
+            self._next_sid, seat.replica, seat, key, priority, BACKGROUND if job else ask.traffic_class, now_ns, ask,
+            tags, since, question, job, riders,
+        )
         self._next_sid += 1
         self._open[flight.sid] = flight
         if key:
             self._by_key[key] = flight
+        if question:
+            self._by_question[question] = flight
         return flight
+
+    def awaited(self, question: Key) -> bool:
+        """Does a flight compute the answer to this question?"""
+        return question in self._by_question
+
+    def asks(self, question: Key, priority: int) -> Flight | None:
+        """A flight that computes the answer to this question, and may be joined."""
+        flight = self._by_question.get(question)
+        return flight if flight is not None and flight.priority <= priority else None
 
     def find(self, key: bytes, priority: int) -> Flight | None:
         """A flight that may be joined."""
@@ -83,9 +113,9 @@ class Flights:
     def leave(self, flight: Flight, rid: int) -> bool:
         """This rider's client is gone. True when nobody listens any more: the computation may stop."""
         flight.riders[rid] = False
-        deserted = not any(flight.riders.values())
+        deserted = flight.job is None and not any(flight.riders.values())
         if deserted:
-            self._hide(flight)  # nobody may join what is about to be aborted
+            self.hide(flight)  # nobody may join what is about to be aborted
         return deserted
 
     def get(self, sid: int) -> Flight | None:
@@ -100,12 +130,19 @@ class Flights:
         """It has ended."""
         flight = self._open.pop(sid, None)
         if flight is not None:
-            self._hide(flight)
+            self.hide(flight)
         return flight
 
-    def _hide(self, flight: Flight) -> None:
+    def open(self) -> list[Flight]:
+        """All, oldest first."""
+        return list(self._open.values())
+
+    def hide(self, flight: Flight) -> None:
+        """Nobody new is to find it."""
         if self._by_key.get(flight.key) is flight:
             del self._by_key[flight.key]
+        if flight.question is not None and self._by_question.get(flight.question) is flight:
+            del self._by_question[flight.question]
 
     def stats(self) -> FlightStats:
         """A snapshot."""
@@ -115,5 +152,7 @@ class Flights:
         """Invariants."""
         for key, flight in self._by_key.items():
             assert flight.key == key and self._open.get(flight.sid) is flight, "index: only open flights are found"
-            assert any(flight.riders.values()), "index: only flights that somebody listens to are found"
-        assert all(f.riders for f in self._open.values()), "riders: every flight has its leader"
+            assert flight.job or any(flight.riders.values()), "index: only flights that somebody listens to are found"
+        for question, flight in self._by_question.items():
+            assert flight.question == question and self._open.get(flight.sid) is flight, "index: open flights only"
+        assert all(f.riders or f.job for f in self._open.values()), "riders: every flight has its leader, or a job"

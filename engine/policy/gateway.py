@@ -8,45 +8,45 @@ clock; what it decides is the same live and in the twin.
 
 from __future__ import annotations
 
-from engine.config import ClassConfig, GatewayConfig, LimiterConfig
+from engine.config import ClassConfig, GatewayConfig
 from engine.events import (
     Abort,
-    Answer,
     Arrive,
     Attach,
     Cancel,
     Drain,
+    DropVector,
     Ended,
-    FindSimilar,
     FirstToken,
     GatewayAction,
     GatewayEvent,
+    Invalidate,
     KvEvents,
     LevelRecord,
+    Placed,
     Pressure,
     Record,
-    Reject,
     ReplicaBack,
     ReplicaLost,
     Similar,
+    StoreVector,
     Submit,
     Tier,
     Wake,
 )
 from engine.policy.answers import Answers
+from engine.policy.background import Background
 from engine.policy.boundaries import Boundaries
-from engine.policy.breaker import Breaker, Verdict, spread
-from engine.policy.exact import Entry
 from engine.policy.fleet import GOOD, Fleet
 from engine.policy.flights import Flight, Flights, Seat
 from engine.policy.limiter import Limiter
 from engine.policy.overload import Overload
 from engine.policy.patience import Patience
-from engine.policy.semantic import SemanticEntry, SemanticHit
-from engine.policy.trip import GatewayStats, Gone, Journey, Late, Look, Reply, Ride, Trip, Wait
-from engine.units import S_NS, ms_to_ns, s_to_ns
-
-ENCODER_SAYS: dict[str, Verdict] = {"ok": "ok", "late": "slow", "failed": "fail", "unfit": "ignored"}
+from engine.policy.replies import Replies
+from engine.policy.similar import SimilarTier
+from engine.policy.tags import meant
+from engine.policy.trip import GatewayStats, Gone, Journey, Late, Reply, Ride, Trip, Wait
+from engine.units import S_NS, ms_to_ns
 
 
 class Gateway:
@@ -58,13 +58,15 @@ class Gateway:
         self.answers = Answers(config)
         self.flights = Flights(config.index << 40)
         self.fleet = Fleet(config)
-        self.encoder = Breaker(config.encoder_breaker, spread(config.index, config.encoder_breaker.open_jitter))
-        rate = config.overload.fallback_rps
-        self.fallbacks = Limiter(LimiterConfig(rate_rps=rate, burst=max(1.0, rate)), {})
         self.overload = Overload(config.overload, config.classes)
-        self._boundaries = Boundaries(self.encoder, self.fleet.breakers)
         self._now_ns = 0
         self._outbox: list[GatewayAction] = []
+        self._replies = Replies(config, self._outbox)
+        self.background = Background(config, self.flights, self.fleet, self.answers, self.overload, self._outbox)
+        self.similar = SimilarTier(
+            config, lambda: self._now_ns, self.answers, self.flights, self.overload, self._replies, self.background
+        )
+        self._boundaries = Boundaries(self.similar.encoder, self.fleet.breakers)
         self._journeys: dict[int, Journey] = {}
         self._trips: dict[int, Trip] = {}
         self.patience = Patience()
@@ -80,6 +82,10 @@ class Gateway:
                 self._arrive(event)
             case Similar(rid=rid):
                 self._resume(rid, event)
+            case Placed():
+                self.background.placed(now_ns, event)
+            case Invalidate():
+                self._invalidate(event)
             case FirstToken():
                 self._first_token(event)
             case Ended():
@@ -103,8 +109,11 @@ class Gateway:
                 self._observe()
             case Drain():
                 self._draining = True
+                self.background.stop(now_ns)
+        self.background.turn(now_ns)
         self._outbox.extend(self._boundaries.moved())
-        out, self._outbox = self._outbox, []
+        out = list(self._outbox)
+        self._outbox.clear()
         return out
 
     def next_wake_ns(self) -> int | None:
@@ -122,31 +131,38 @@ class Gateway:
             return self._reject(trip, "rate_limited", verdict.retry_after_ns)
         if self._draining:
             return self._reject(trip, "draining", S_NS)
-        similar: Similar | None = None
         asked = False
         while True:
             if entry := self.answers.same(self._now_ns, trip.key, self._makes_do(cls)):
-                return self._answer_from(trip, entry)
-            if flight := self.flights.find(trip.key, cls.priority):
+                if self._replies.same(self._now_ns, trip, entry):
+                    self.background.refresh(self._now_ns, trip)
+                return None
+            if flight := self._twin_of(trip):
                 ended = yield from self._follow(trip, flight)
                 if trip.over or ended.reason in GOOD or ended.reason == "failed" or self._is_lost(trip, ended):
                     return self._finish(trip, ended, "coalesced")
                 continue  # the leader was stopped for reasons of its own: take its place
-            if not asked and self._may_be_similar(trip):
+            if not asked and self.similar.may_help(trip):
                 asked = True
-                similar = yield from self._look(trip)
+                trip.similar = yield from self.similar.look(trip)
                 continue  # meanwhile the same question may have been answered, or somebody took off with it
-            if similar and (hit := self._near(trip, similar)):
-                return self._answer_similar(trip, hit)
+            if self.similar.answers(trip, self._makes_do(cls)):
+                return None
+            if flight := trip.ride:
+                ended = yield from self._follow(trip, flight)
+                if trip.over or ended.reason in GOOD or trip.first_ns is not None:
+                    return self._finish(trip, ended, "coalesced")
+                trip.ride = trip.cosine_millionths = None
+                continue  # another question's failure is not this one's
             if self.overload.sheds(cls.priority):
-                return self._fall_back(trip, "overloaded", self.overload.calm_ns(cls.priority))
+                return self._last_resort(trip, "overloaded", self.overload.calm_ns(cls.priority))
             if late_ns := self.fleet.late_ns(self._now_ns, ask, cls):
-                return self._fall_back(trip, "overloaded", max(S_NS, late_ns))
+                return self._last_resort(trip, "overloaded", max(S_NS, late_ns))
             seat = self.fleet.take(self._now_ns, ask)
             if seat is None:
                 if (yield from self._outlast(trip)):
                     continue
-                return self._fall_back(trip, *self.fleet.refusal(self._now_ns))
+                return self._last_resort(trip, *self.fleet.refusal(self._now_ns))
             ended = yield from self._lead(trip, seat)
             if trip.over or ended.reason != "lost" or self._is_lost(trip, ended):
                 return self._finish(trip, ended, "model")
@@ -176,41 +192,33 @@ class Gateway:
         """From level 1 on a sheddable class takes older and less similar answers rather than the model's time."""
         return cls.criticality == "sheddable" and self.overload.level >= 1
 
-    def _may_be_similar(self, trip: Trip) -> bool:
-        """Classes that allow it, single questions, deterministic answers."""
-        return self.config.semantic.enabled and trip.cls.caches == "semantic" and bool(trip.key and trip.ask.text_key)
-
-    def _look(self, trip: Trip) -> Look:
-        """Ask encoder and index for the nearest questions, behind a breaker; a miss when they are late or away."""
-        ask = trip.ask
-        permit = self.encoder.acquire(self._now_ns)
-        if permit is None:
-            return None
-        try:
-            similar = yield FindSimilar(ask.rid, ask.hard_key, ask.text_key, self.config.semantic.neighbours)
-        except (Gone, Late):
-            self.encoder.release(self._now_ns, permit, "cancelled")
-            raise
-        assert isinstance(similar, Similar), "look: only Similar answers FindSimilar"
-        self.encoder.release(self._now_ns, permit, ENCODER_SAYS[similar.status])
-        trip.has_vector = similar.status in ("ok", "late")
-        return similar
-
-    def _near(self, trip: Trip, similar: Similar) -> SemanticHit | None:
-        return self.answers.similar(self._now_ns, trip.ask.hard_key, similar.neighbours, self._makes_do(trip.cls))
+    def _twin_of(self, trip: Trip) -> Flight | None:
+        """A flight that computes the very same."""
+        return self.flights.find(trip.key, trip.cls.priority) if self.config.exact.single_flight else None
 
     def _lead(self, trip: Trip, seat: Seat) -> Ride:
         """Compute it. Others may ride along; a client that leaves does not strand them."""
         ask, cls = trip.ask, trip.cls
-        flight = self.flights.lead(ask.rid, trip.key, cls.priority, ask.traffic_class, self._now_ns, seat)
+        question = (ask.hard_key, ask.text_key) if self.config.semantic.coalesce and trip.has_vector else None
+        flight = self.flights.lead(
+            ask, trip.key, cls.priority, self._now_ns, seat, self.answers.invalidations.number,
+            self.answers.tags_of(ask), question,
+        )
+        if question and not self.answers.semantic.holds(*question):
+            self._outbox.append(StoreVector(*question))
         trip.leads, trip.replica = True, seat.replica
         if (predicted_ns := self.fleet.sent(flight, ask)) is not None:
             trip.predicted_ns = self._now_ns + predicted_ns
-        ended = yield from self._ride(trip, flight, flight.ticket(ask, ask.arrived_ns + cls.start_within_ns))
+        ended = yield from self._ride(trip, flight, flight.ticket(ask.arrived_ns + cls.start_within_ns))
         if ended.computed_tokens:
             trip.used_tokens = ask.prompt_tokens + ended.output_tokens
         if ended.reason in GOOD and trip.key and ended.answer_id:
-            self._outbox.extend(self.answers.keep(self._now_ns, trip, ended))
+            self._outbox.extend(self.answers.keep(self._now_ns, flight, trip.has_vector, ended))
+            if trip.compare is not None:
+                self.answers.compare(ask, trip.compare, ended)
+                self.background.settle(self._now_ns)
+        if question and not (self.answers.semantic.holds(*question) or self.flights.awaited(question)):
+            self._outbox.append(DropVector(*question))
         return ended
 
     def _follow(self, trip: Trip, flight: Flight) -> Ride:
@@ -241,7 +249,7 @@ class Gateway:
         if trip.over:
             return
         if late:
-            self._reject(trip, "deadline_exceeded", None)
+            self._replies.reject(self._now_ns, trip, "deadline_exceeded", None)
         else:
             trip.close(self._now_ns, "cancelled")
         if self.flights.leave(flight, trip.ask.rid):
@@ -254,52 +262,22 @@ class Gateway:
         if trip.over:
             return
         if ended.reason in GOOD:
-            trip.tier = tier
-            trip.close(self._now_ns, "served")
-            source = "" if trip.leads else trip.source
-            self._outbox.append(Answer(trip.ask.rid, tier, ended.answer_id, trip.level, source=source))
+            self._replies.computed(self._now_ns, trip, tier, ended.answer_id)
+            if trip.ride is not None:
+                self.similar.rode(trip, trip.ride, ended)
         elif ended.reason == "draining":
             self._reject(trip, "draining", S_NS)
         elif ended.reason == "lost":
-            self._fall_back(trip, "replica_lost", S_NS)
+            self._last_resort(trip, "replica_lost", S_NS)
         else:
             code = "model_failed" if ended.reason == "failed" else "deadline_exceeded"
-            self._fall_back(trip, code, None)
+            self._last_resort(trip, code, None)
 
-    # ------------------------------------------------------------ the ends of a journey
-
-    def _answer_from(self, trip: Trip, entry: Entry) -> None:
-        fresh = self._now_ns - entry.stored_ns <= s_to_ns(self.config.exact.ttl_s)
-        self._serve(trip, "exact" if fresh else "approximate", entry)
-
-    def _answer_similar(self, trip: Trip, hit: SemanticHit) -> None:
-        trip.cosine_millionths = hit.cosine_millionths
-        self._serve(trip, "approximate" if hit.approximate else "semantic", hit.entry)
-
-    def _serve(self, trip: Trip, tier: Tier, entry: Entry | SemanticEntry) -> None:
-        """An answer that another request has had."""
-        trip.tier, trip.source, trip.first_ns = tier, entry.source, self._now_ns
-        trip.output_tokens, trip.answer_id = entry.output_tokens, entry.answer_id
-        trip.close(self._now_ns, "served")
-        age_ns = self._now_ns - entry.stored_ns
-        cosine = trip.cosine_millionths
-        self._outbox.append(Answer(trip.ask.rid, tier, entry.answer_id, trip.level, age_ns, entry.source, cosine))
-
-    def _fall_back(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
-        """The class's answer of last resort, where it has one and nothing was said yet; else the code."""
-        may = trip.cls.fallback and trip.first_ns is None
-        if not may or not self.fallbacks.take(self._now_ns, "fallback", 0).ok:
-            return self._reject(trip, code, retry_after_ns)
-        trip.tier, trip.first_ns, trip.answer_id = "fallback", self._now_ns, fallback_id(trip.ask.traffic_class)
-        trip.error_code = code  # why it came to this
-        trip.close(self._now_ns, "served")
-        self._outbox.append(Answer(trip.ask.rid, "fallback", trip.answer_id, trip.level))
-        return None
+    def _last_resort(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
+        self._replies.last_resort(self._now_ns, trip, code, retry_after_ns)
 
     def _reject(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
-        trip.error_code = code
-        trip.close(self._now_ns, "failed" if code in ("model_failed", "replica_lost") else "rejected")
-        self._outbox.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))
+        self._replies.reject(self._now_ns, trip, code, retry_after_ns)
 
     # ------------------------------------------------------------ running journeys
 
@@ -357,10 +335,19 @@ class Gateway:
     def _flight_ended(self, event: Ended) -> None:
         if flight := self.flights.close(event.sid):
             self.fleet.landed(self._now_ns, flight, event)
-            source = self._trips[next(iter(flight.riders))].ask.request_id if event.reason in GOOD else ""
+            source = flight.ask.request_id if event.reason in GOOD else ""
+            if flight.job is not None:
+                self.background.ended(self._now_ns, flight, event)
             for rid in flight.riders:
                 self._trips[rid].source = source
                 self._resume(rid, event)
+
+    def _invalidate(self, what: Invalidate) -> None:
+        """These answers serve nobody any more, nor does anybody new wait for those that are on their way."""
+        self._outbox.extend(self.answers.invalidate(what))
+        for flight in self.flights.open():
+            if not what.answer_id and meant(what, flight.ask.tenant, flight.tags):
+                self.flights.hide(flight)
 
     def _expire(self) -> None:
         while due := self.patience.pop_due(self._now_ns):
@@ -379,20 +366,17 @@ class Gateway:
         return GatewayStats(
             arrived=self._arrived, ended=self._ended, in_flight=len(self._trips), level=self.overload.level,
             limiter=self.limiter.stats(), exact=self.answers.exact.stats(), semantic=self.answers.semantic.stats(),
-            flights=self.flights.stats(), fleet=self.fleet.stats(), encoder=self.encoder.stats(),
-            overload=self.overload.stats(),
+            flights=self.flights.stats(), fleet=self.fleet.stats(), encoder=self.similar.encoder.stats(),
+            overload=self.overload.stats(), jobs=self.background.jobs.stats(),
         )
 
     def check(self) -> None:
         """Invariants."""
-        for part in (self.limiter, self.answers, self.flights, self.encoder, self.overload, self.patience):
+        jobs = self.background.jobs
+        encoder = self.similar.encoder
+        for part in (self.limiter, self.answers, self.flights, encoder, self.overload, self.patience, jobs):
             part.check()
         self.fleet.check(self.flights.seated())
         assert self._journeys.keys() == self._trips.keys(), "journeys: every trip has one"
         assert self._arrived == self._ended + len(self._trips), "conservation: arrived = ended + in flight"
         assert not self._outbox, "outbox: empty between events"
-
-
-def fallback_id(traffic_class: str) -> str:
-    """The answer id under which a driver keeps a class's fallback text."""
-    return f"fallback:{traffic_class}"

@@ -33,6 +33,7 @@ class Judgement(Struct):
 
     serve: int | None = None  # which of the candidates
     compare: int | None = None
+    approximate: bool = False  # served by the relaxed standard only
     odds_millionths: int = 0  # the rule's own estimate that the served answer is right; 0 = it makes none
 
 
@@ -60,7 +61,7 @@ class RuleStats(Struct):
 
 
 class Rule(Protocol):
-    """One of ``fixed.py``, ``calibrated.py``, ``adaptive.py``, ``conformal.py``."""
+    """``fixed.py`` and ``calibrated.py``."""
 
     def judge(self, marks: TextMarks, near: Sequence[Candidate], relaxed: bool, draw: int) -> Judgement:
         """``near``: nearest first, perhaps none. ``relaxed``: an approximation is better than nothing."""

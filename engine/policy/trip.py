@@ -23,10 +23,11 @@ from engine.events import (
 from engine.policy.breaker import BreakerStats
 from engine.policy.exact import ExactStats
 from engine.policy.fleet import FleetStats
-from engine.policy.flights import FlightStats
+from engine.policy.flights import Flight, FlightStats
+from engine.policy.jobs import JobStats
 from engine.policy.limiter import LimiterStats
 from engine.policy.overload import OverloadStats
-from engine.policy.semantic import SemanticStats
+from engine.policy.semantic import Comparison, SemanticStats
 from engine.values import Struct
 
 Reply = Similar | FirstToken | Ended | ReplicaBack | Wake  # what a journey waits for
@@ -58,6 +59,9 @@ class Trip:
     replica: int | None = None
     retried: bool = False  # a replica died under it, and it was sent to another
     source: str = ""
+    similar: Similar | None = None  # what was found, until it was judged
+    ride: Flight | None = None  # of a similar question
+    compare: Comparison | None = None  # what its answer is to be held against
     has_vector: bool = False  # its question has a vector, or will have one: similar questions can find its answer
     cosine_millionths: int | None = None
     tier: Tier | None = None
@@ -120,3 +124,4 @@ class GatewayStats(Struct):
     fleet: FleetStats
     encoder: BreakerStats
     overload: OverloadStats
+    jobs: JobStats

@@ -25,9 +25,13 @@ from engine.events import (
     FindSimilar,
     GatewayAction,
     GatewayEvent,
+    Hold,
+    Invalidate,
     LedgerRecord,
+    PlaceAnswer,
     Record,
     Reject,
+    Release,
     ReplicaBack,
     ReplicaLost,
     StoreAnswer,
@@ -97,11 +101,13 @@ class GatewayDriver:
         self._detokenizer, self._journal, self._ledger = detokenizer, journal, ledger
         self._answers = {answer_id: StoredAnswer(text) for answer_id, text in fallbacks.items()}
         self._payloads: dict[int, Payload] = {}  # of requests that may still be submitted
+        self._held: dict[int, Payload] = {}  # of requests that have their answer, and may be computed once more
         self._encoder = encoder
         self._questions: OrderedDict[bytes, str] = OrderedDict()  # asked for lately, in case their vectors are late
         self._similar = SimilarQuestions(
             self._encode if encoder else None, encoder.cancel if encoder else _nobody_waits,
             ms_to_ns(machine.config.semantic.deadline_ms), self.deliver, dims,
+            machine.config.semantic.vectors,
         )
         self._streams: dict[int, ClientStream] = {}
         self._tapes: dict[int, Tape] = {}
@@ -161,6 +167,10 @@ class GatewayDriver:
     def welcome(self, replica: int) -> None:
         """It is there again."""
         self.deliver(ReplicaBack(replica))
+
+    def invalidate(self, what: Invalidate) -> None:
+        """These answers serve nobody any more."""
+        self.deliver(what)
 
     def close(self) -> None:
         """No more events."""
@@ -236,10 +246,11 @@ class GatewayDriver:
     def _carry_out(self, action: GatewayAction) -> None:
         match action:
             case Submit(sid=sid, rid=rid):
-                payload = self._payloads[rid]
+                payload = self._held.get(rid) or self._payloads[rid]
                 tape = self._tapes[sid] = Tape(self._detokenizer(), payload.params.stop)
                 self._replica_of[sid] = action.replica
-                self._listen(tape, rid, "model")
+                if rid not in self._held:
+                    self._listen(tape, rid, "model")
                 self._link.send(action.replica, Work(action, payload.prompt, payload.params))
             case Attach(sid=sid, rid=rid):
                 self._listen(self._tapes[sid], rid, "coalesced")
@@ -260,6 +271,13 @@ class GatewayDriver:
                 self._answers[answer_id] = StoredAnswer(tape.text, tape.tokens, tape.reason)
             case DropAnswer(answer_id=answer_id):
                 self._answers.pop(answer_id, None)
+                self._similar.drop_answer(answer_id)
+            case PlaceAnswer():
+                self._similar.place(action, self._encode_answer)
+            case Hold(rid=rid):
+                self._held[rid] = self._payloads[rid]
+            case Release(rid=rid):
+                del self._held[rid]
             case Record(record=record):
                 if self._ledger is not None:
                     self._ledger(record)
@@ -269,6 +287,13 @@ class GatewayDriver:
         if self._encoder is None or question is None:
             return done(None, "unfit")
         return self._encoder.encode(text_key, question, within_ns / S_NS, done)
+
+    def _encode_answer(self, key: bytes, within_ns: int, done: Done) -> Any:
+        stored = self._answers.get(key.decode())
+        if self._encoder is None or stored is None or not stored.text.strip():
+            return done(None, "unfit")
+        text = stored.text.strip()
+        return self._encoder.encode(self._hasher.digest("text", text), text, within_ns / S_NS, done)
 
     def _listen(self, tape: Tape, rid: int, tier: str) -> None:
         stream = self._streams[rid]

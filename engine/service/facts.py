@@ -11,9 +11,10 @@ import msgspec
 
 from engine.config import Scenario
 from engine.errors import RequestError, UserError
-from engine.events import Arrive
+from engine.events import Arrive, TextMarks
 from engine.model.blockhash import Hasher
 from engine.model.stepping import SamplingParams
+from engine.model.textmarks import marks_of
 from engine.model.tokenizer import Tokenizer
 from engine.scenario import data_path
 
@@ -34,6 +35,9 @@ class FactMaker:
     def __init__(self, tokenizer: Tokenizer, hasher: Hasher, scenario: Scenario, model_name: str) -> None:
         self._tokenizer, self._hasher, self._model = tokenizer, hasher, model_name
         self._classes, self._context = scenario.classes, scenario.model.context_tokens
+        self._similar = {
+            name for name, cls in scenario.classes.items() if cls.caches == "semantic" and scenario.semantic.enabled
+        }
         self._system = {
             name: data_path("corpora", cls.system_prompt).read_text(encoding="utf-8").strip()
             for name, cls in scenario.classes.items()
@@ -73,6 +77,8 @@ class FactMaker:
             hard_key=self._hard_key(tenant, traffic_class, params, most, messages),
             text_key=self.text_key(question) if question else b"", blocks=self._blocks(tenant, prompt),
             pinned_blocks=shared_tokens // self._hasher.block_tokens if self._classes[traffic_class].pinned else 0,
+            marks=marks_of(question, self._hasher) if question and traffic_class in self._similar else TextMarks(),
+            draw=self._draw(tenant, request_id),
         )
         return facts, prompt
 
@@ -100,7 +106,7 @@ class FactMaker:
             rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
             prompt_tokens=len(prompt), max_tokens=most,
             exact_key=self._exact_key("exact-bare", tenant, traffic_class, params, most, text),
-            blocks=self._blocks(tenant, prompt),
+            blocks=self._blocks(tenant, prompt), draw=self._draw(tenant, request_id),
         )
         return facts, prompt
 
@@ -111,6 +117,10 @@ class FactMaker:
     def count(self, text: str) -> int:
         """Model tokens of a text."""
         return len(self._tokenizer.encode(text))
+
+    def _draw(self, tenant: str, request_id: str) -> int:
+        """Uniform in [0, 2**62): only who has the run's key can tell it from a request's name."""
+        return int.from_bytes(self._hasher.digest("draw", tenant, request_id)[:8], "little") >> 2
 
     def _blocks(self, tenant: str, prompt: list[int]) -> tuple[bytes, ...]:
         return self._hasher.chain(self._hasher.root(tenant, self._model), prompt)

@@ -15,17 +15,17 @@ from collections.abc import Iterator
 from typing import get_args
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 
 from engine.config import Scenario
 from engine.errors import STATUS_OF_CODE
-from engine.events import BreakerRecord, LedgerRecord, LevelRecord, Outcome, Pressure, Tier
+from engine.events import BackgroundRecord, BreakerRecord, LedgerRecord, LevelRecord, Outcome, Pressure, Tier
 from engine.model.wire import Output
 from engine.policy.trip import GatewayStats
+from engine.service.cache_metrics import PREFIX, CacheMetrics, counter, gauge
 from engine.units import S_NS
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4.encode()
-PREFIX = "doorbuster:"
 ADMISSION = ("rate_limited", "overloaded", "breaker_open", "replica_lost", "draining")  # said before any work was done
 BREAKER_STATES = ("closed", "half_open", "open")
 FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
@@ -74,6 +74,7 @@ class Metrics:
         self._outcomes: Counter[tuple[str, str, str]] = Counter()
         self._refused: Counter[str] = Counter()
         self._breaker_moves: Counter[tuple[str, str]] = Counter()
+        self._caches = CacheMetrics()
         self._level_changes = self._admitted_tokens = self._cached_tokens = 0
         self._generated_tokens = self._preemptions = 0
 
@@ -92,6 +93,9 @@ class Metrics:
             return
         if isinstance(record, BreakerRecord):
             self._breaker_moves[record.boundary, record.after] += 1
+            return
+        if isinstance(record, BackgroundRecord):
+            self._caches.append(record)
             return
         name = record.traffic_class
         self._outcomes[record.outcome, record.error_code or "", name] += 1
@@ -126,6 +130,7 @@ class Metrics:
         yield from self._gateway_gauges(now_ns, stats, oldest_ns)
         yield from self._token_counters()
         yield from self._request_counters(stats)
+        yield from self._caches.families(stats)
         for name, per_class, what in (
             ("time_to_first_token_seconds", self._ttft, "From arrival to the first token, whoever gave it."),
             ("e2e_request_latency_seconds", self._e2e, "From arrival to the end of a served answer."),
@@ -144,9 +149,9 @@ class Metrics:
         yield error
 
     def _replica_gauges(self, pressure: dict[int, Pressure]) -> Iterator[Metric]:
-        running = _gauge("num_requests_running", "Requests that hold a slot.", "replica")
-        waiting = _gauge("num_requests_waiting", "Requests that no step has held yet.", "replica")
-        usage = _gauge("kv_cache_usage_perc", "Share of KV blocks in use, not counting evictable ones; 1 is all.",
+        running = gauge("num_requests_running", "Requests that hold a slot.", "replica")
+        waiting = gauge("num_requests_waiting", "Requests that no step has held yet.", "replica")
+        usage = gauge("kv_cache_usage_perc", "Share of KV blocks in use, not counting evictable ones; 1 is all.",
                        "replica")
         for index, said in pressure.items():
             running.add_metric([str(index)], said.running)
@@ -155,44 +160,44 @@ class Metrics:
         yield from (running, waiting, usage)
 
     def _gateway_gauges(self, now_ns: int, stats: GatewayStats, oldest_ns: dict[str, int]) -> Iterator[Metric]:
-        yield _gauge("num_requests_in_gateway", "Requests on their way, riders included.", value=stats.in_flight)
-        age = _gauge("oldest_waiting_seconds", "Age of the oldest waiting submission: it moves the overload level.",
+        yield gauge("num_requests_in_gateway", "Requests on their way, riders included.", value=stats.in_flight)
+        age = gauge("oldest_waiting_seconds", "Age of the oldest waiting submission: it moves the overload level.",
                      "traffic_class")
         for name in self._classes:
             age.add_metric([name], max(0, now_ns - oldest_ns.get(name, now_ns)) / S_NS)
         yield age
-        yield _gauge("overload_level", "0 normal, 1 brown-out, 2 degraded, 3 shed.", value=stats.level)
-        breaker = _gauge("breaker_state", "0 closed, 1 half open, 2 open, when last asked.", "boundary")
+        yield gauge("overload_level", "0 normal, 1 brown-out, 2 degraded, 3 shed.", value=stats.level)
+        breaker = gauge("breaker_state", "0 closed, 1 half open, 2 open, when last asked.", "boundary")
         states = {f"replica-{n}": each.state for n, each in enumerate(stats.fleet.breakers)}
         for boundary, state in (states | {"encoder": stats.encoder.state}).items():
             breaker.add_metric([boundary], BREAKER_STATES.index(state))
         yield breaker
-        ahead = _gauge("router_ahead_tokens", "Predicted work ahead, in prompt tokens.", "replica")
+        ahead = gauge("router_ahead_tokens", "Predicted work ahead, in prompt tokens.", "replica")
         for n, tokens in enumerate(stats.fleet.router.ahead_tokens):
             ahead.add_metric([str(n)], tokens)
         yield ahead
 
     def _token_counters(self) -> Iterator[Metric]:
-        yield _counter("prompt_tokens", "Prompt tokens that replicas took in, cached ones included.",
+        yield counter("prompt_tokens", "Prompt tokens that replicas took in, cached ones included.",
                        value=self._admitted_tokens)
-        yield _counter("generation_tokens", "Tokens that replicas generated.", value=self._generated_tokens)
+        yield counter("generation_tokens", "Tokens that replicas generated.", value=self._generated_tokens)
         queries = self._admitted_tokens if self._prefix_on else 0
-        yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", value=queries)
-        yield _counter("prefix_cache_hits", "Of these, tokens found in it.", value=self._cached_tokens)
-        yield _counter("num_preemptions", "Preemptions of requests that have ended.", value=self._preemptions)
+        yield counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", value=queries)
+        yield counter("prefix_cache_hits", "Of these, tokens found in it.", value=self._cached_tokens)
+        yield counter("num_preemptions", "Preemptions of requests that have ended.", value=self._preemptions)
 
     def _request_counters(self, stats: GatewayStats) -> Iterator[Metric]:
-        success = _counter("request_success", "Requests that got an answer, of any tier.", "traffic_class")
+        success = counter("request_success", "Requests that got an answer, of any tier.", "traffic_class")
         for name in self._classes:
             served = sum(n for (what, _, cls), n in self._outcomes.items() if what == "served" and cls == name)
             success.add_metric([name], served)
         yield success
-        tiers = _counter("requests_by_tier", "Requests that got an answer, by who gave it.", "tier", "traffic_class")
+        tiers = counter("requests_by_tier", "Requests that got an answer, by who gave it.", "tier", "traffic_class")
         for tier in get_args(Tier):
             for name in self._classes:
                 tiers.add_metric([tier, name], self._tiers[tier, name])
         yield tiers
-        ends = _counter("requests_by_outcome", "Ended requests; a code on a served one says why it is a fallback.",
+        ends = counter("requests_by_outcome", "Ended requests; a code on a served one says why it is a fallback.",
                         "outcome", "error_code", "traffic_class")
         for name in self._classes:
             for outcome in get_args(Outcome):
@@ -200,22 +205,22 @@ class Metrics:
                 for code in sorted(codes | ({""} if outcome in ("served", "cancelled") else set())):
                     ends.add_metric([outcome, code, name], self._outcomes[outcome, code, name])
         yield ends
-        rejections = _counter("admission_rejections", "Requests that the gateway turned away unserved.", "reason")
+        rejections = counter("admission_rejections", "Requests that the gateway turned away unserved.", "reason")
         for reason in ADMISSION:
             turned = sum(n for (what, code, _), n in self._outcomes.items() if (what, code) == ("rejected", reason))
             rejections.add_metric([reason], turned)
         yield rejections
-        yield _counter("limiter_rejections", "Refusals by tenants' own limits.", value=stats.limiter.limited)
-        refusals = _counter("ingress_refusals", "Requests refused before the gateway heard of them.", "reason")
+        yield counter("limiter_rejections", "Refusals by tenants' own limits.", value=stats.limiter.limited)
+        refusals = counter("ingress_refusals", "Requests refused before the gateway heard of them.", "reason")
         for code in STATUS_OF_CODE:
             if code in self._refused:
                 refusals.add_metric([code], self._refused[code])
         yield refusals
-        moves = _counter("breaker_transitions", "Moves of a breaker, by the state it moved to.", "boundary", "state")
+        moves = counter("breaker_transitions", "Moves of a breaker, by the state it moved to.", "boundary", "state")
         for (boundary, state), count in sorted(self._breaker_moves.items()):
             moves.add_metric([boundary, state], count)
         yield moves
-        yield _counter("overload_level_changes", "Moves of the overload level.", value=self._level_changes)
+        yield counter("overload_level_changes", "Moves of the overload level.", value=self._level_changes)
 
 
 class _Page:
@@ -239,10 +244,3 @@ def is_local(client: tuple[str, int] | None, headers: list[tuple[bytes, bytes]])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
 
-
-def _gauge(name: str, what: str, *labels: str, value: float | None = None) -> GaugeMetricFamily:
-    return GaugeMetricFamily(PREFIX + name, what, value=value, labels=None if value is not None else labels)
-
-
-def _counter(name: str, what: str, *labels: str, value: float | None = None) -> CounterMetricFamily:
-    return CounterMetricFamily(PREFIX + name, what, value=value, labels=None if value is not None else labels)

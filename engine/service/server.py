@@ -30,7 +30,8 @@ from engine.model.process import WorkerSpec
 from engine.model.smalllm import small_tokenizer
 from engine.model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from engine.model.wire import Output, Ready
-from engine.policy.gateway import Gateway, fallback_id
+from engine.policy.gateway import Gateway
+from engine.policy.replies import fallback_id
 from engine.scenario import data_path
 from engine.service.app import App
 from engine.service.auth import KeyRing

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engine.events import DropVector, FindSimilar, Neighbour, Similar, StoreVector
-from engine.model.index import VectorIndex
+from engine.events import DropVector, FindSimilar, Likeness, Neighbour, PlaceAnswer, Placed, Similar, StoreVector
+from engine.model.index import Encoding, VectorIndex
 from engine.units import S_NS
 
 Word = Literal["ok", "late", "failed", "unfit"]  # unfit: too long to have a vector
@@ -22,6 +22,7 @@ Encode = Callable[[bytes, int, Done], Any]
 """``(text_key, within_ns, done)``: calls ``done`` once, perhaps before it returns; what it returns is for cancel."""
 
 FRESH = 4096  # far more than questions can be under way
+ANSWERS = 8  # nearest answers that are named
 STORE_WITHIN_NS = 30 * S_NS  # an answered question whose vector was late is encoded once more, without hurry
 
 
@@ -29,14 +30,16 @@ class SimilarQuestions:
     """Owned by one driver. ``tell`` gets a ``Similar`` for each ``FindSimilar``, unless ``forget`` comes before."""
 
     def __init__(
-        self, encode: Encode | None, cancel: Callable[[Any], None], within_ns: int, tell: Callable[[Similar], None],
-        dims: int,
+        self, encode: Encode | None, cancel: Callable[[Any], None], within_ns: int,
+        tell: Callable[[Similar | Placed], None], dims: int, vectors: Encoding = "float32",
     ) -> None:
         """``within_ns``: for encoding, on whatever clock ``encode`` has. Without ``encode`` nothing is similar."""
         self._encode, self._cancel, self._within_ns, self._tell = encode, cancel, within_ns, tell
-        self._index = VectorIndex(dims)
+        self._index = VectorIndex(dims, vectors=vectors)
         self._fresh: OrderedDict[bytes, np.ndarray] = OrderedDict()  # vectors just made, until their answer is there
         self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
+        self._answers = VectorIndex(dims)  # of the texts of answers, where these are compared
+        self._answer_keys: dict[str, bytes] = {}  # answer id -> the hard key that it was compared under
         self._looks: dict[int, Any] = {}  # rid -> its wait for the encoder
 
     def carry_out(self, action: FindSimilar | StoreVector | DropVector) -> None:
@@ -49,6 +52,26 @@ class SimilarQuestions:
             case DropVector():
                 self._awaited.discard((action.hard_key, action.text_key))
                 self._index.remove(action.hard_key, action.text_key)
+
+    def place(self, action: PlaceAnswer, encode: Encode) -> None:
+        """Compare an answer's text with the others under its hard key; ``encode`` knows it by the answer's id."""
+        self._answer_keys[action.answer_id] = action.hard_key
+        encode(
+            action.answer_id.encode(), STORE_WITHIN_NS,
+            lambda vector, _: self._place(action.hard_key, action.answer_id, vector),
+        )
+
+    def _place(self, hard_key: bytes, answer_id: str, vector: np.ndarray | None) -> None:
+        near: list[tuple[bytes, int]] = []
+        if vector is not None and answer_id in self._answer_keys:
+            near = self._answers.search(hard_key, vector, ANSWERS)
+            self._answers.add(hard_key, answer_id.encode(), vector)
+        self._tell(Placed(hard_key, answer_id, tuple(Likeness(key.decode(), cosine) for key, cosine in near)))
+
+    def drop_answer(self, answer_id: str) -> None:
+        """No other answer is compared with it any more; unknown ids are no-ops."""
+        if (hard_key := self._answer_keys.pop(answer_id, None)) is not None:
+            self._answers.remove(hard_key, answer_id.encode())
 
     def forget(self, rid: int) -> None:
         """It has its answer, or is gone: nobody waits for the encoder any more. Unknown ids are no-ops."""

@@ -39,7 +39,7 @@ class Traps(msgspec.Struct, frozen=True):
 
 
 class WrongHits(msgspec.Struct, frozen=True):
-    """``similar``: of the answers to another question than the one asked (semantic, or approximate with a cosine);
+    """``similar``: of the answers to another question than the one asked (those with a cosine, of whatever tier);
     a stale answer to the very same question is not among them. ``tiers``: of each tier's labelled hits."""
 
     served: Part
@@ -53,7 +53,7 @@ def wrong_hits(frame: pd.DataFrame) -> WrongHits | None:
     if frame["trap"].isna().all():
         return None
     served = frame[equals(frame["outcome"], "served")]
-    similar = served[served["tier"].isin(("semantic", "approximate")) & served["cosine"].notna()]
+    similar = served[served["tier"].isin(("semantic", "approximate", "coalesced")) & served["cosine"].notna()]
     trap = frame["trap"].fillna(False).astype(bool)
     trapped = served[trap[served.index]]
     return WrongHits(

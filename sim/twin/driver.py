@@ -18,12 +18,14 @@ from engine.events import (
     Answer,
     Arrive,
     Cancel,
+    DropAnswer,
     DropVector,
     Ended,
     FindSimilar,
     GatewayAction,
     GatewayEvent,
     LedgerRecord,
+    PlaceAnswer,
     Plan,
     Record,
     Reject,
@@ -111,7 +113,7 @@ class GatewaySim:
         self._encoder = encoder
         self._similar = SimilarQuestions(
             self._encode if encoder else None, EncoderServer.cancel, ms_to_ns(machine.config.semantic.deadline_ms),
-            self.tell, dims,
+            self.tell, dims, machine.config.semantic.vectors,
         )
         self._journal, self._check = journal, check
         self.replicas: list[ReplicaSim] = []
@@ -173,6 +175,10 @@ class GatewaySim:
                 self._send(self._submits[sid].replica, action)
             case FindSimilar() | StoreVector() | DropVector():
                 self._similar.carry_out(action)
+            case PlaceAnswer():
+                self._similar.place(action, self._encode_answer)
+            case DropAnswer(answer_id=answer_id):
+                self._similar.drop_answer(answer_id)
             case Answer(rid=rid) | Reject(rid=rid):
                 self._forget(rid)
                 self.answers.append(action)
@@ -182,6 +188,11 @@ class GatewaySim:
     def _encode(self, text_key: bytes, within_ns: int, done: Done) -> Call | None:
         assert self._encoder is not None
         return self._encoder.encode(text_key, now_ns(self.env) + within_ns, done)
+
+    @staticmethod
+    def _encode_answer(key: bytes, within_ns: int, done: Done) -> None:
+        """There are no texts here: each answer stays by itself, unless it is another's to the letter."""
+        done(None, "unfit")
 
     def _forget(self, rid: int) -> None:
         del self._waiting[rid]

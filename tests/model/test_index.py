@@ -1,6 +1,8 @@
 """The index against brute force in plain Python: every backend, through adds, removals and ties, gives the same lists.
 
     pytest tests/model/test_index.py
+
+The approximate index, 8 bits and the file are in ``test_inverted_index.py`` and ``test_index_file.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.model import index as module
-from engine.model.index import DeviceScan, VectorIndex
+from engine.model import index_scans as module
+from engine.model.index import VectorIndex, millionths
+from engine.model.index_scans import DeviceScan
 
 DIMS = 16
 BACKENDS = ["numpy", "faiss", "device"]
@@ -111,13 +114,13 @@ def test_a_hard_key_sees_its_own_alone_and_leaves_nothing_behind(backend: str) -
     vector, other = unit(rng), unit(rng)
     index.add(b"bank", b"t", vector)
     index.add(b"shop", b"t", other)
-    assert index.search(b"shop", vector) == [(b"t", int(module.millionths(other[None], vector)[0]))]
+    assert index.search(b"shop", vector) == [(b"t", int(millionths(other[None], vector)[0]))]
     assert index.search(b"nobody", vector) == []
     index.remove(b"bank", b"t")
     index.remove(b"bank", b"t")
     index.remove(b"nobody", b"t")
     assert index.search(b"bank", vector) == [] and len(index) == 1
-    assert list(index._flat) == [b"shop"]
+    assert list(index._of) == [b"shop"]
 
 
 def test_the_device_s_copy_is_made_anew_after_enough_changes_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +161,7 @@ def test_what_the_device_s_copy_ranks_first_may_be_gone() -> None:
 def test_no_cosine_is_above_one() -> None:
     """fp32 leaves a unit vector a little longer than one."""
     vector = unit(np.random.default_rng(6)) * np.float32(1 + 1e-6)
-    assert module.millionths(np.stack([vector, -vector]), vector).tolist() == [10**6, -(10**6)]
+    assert millionths(np.stack([vector, -vector]), vector).tolist() == [10**6, -(10**6)]
 
 
 def test_vectors_are_copied_and_their_shape_is_checked() -> None:

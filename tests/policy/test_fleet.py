@@ -37,7 +37,7 @@ class Airport:
         seat = self.fleet.take(now_ns, ASK)
         if seat is None:
             return None
-        flight = self.flights.lead(0, b"", 1, "chat", now_ns, seat)
+        flight = self.flights.lead(ASK, b"", 1, now_ns, seat)
         self.fleet.sent(flight, ASK)
         return flight
 

@@ -11,10 +11,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.events import Arrive
 from engine.policy.flights import Flight, Flights, Seat
 
 FIRST_SID = 5 << 40
 KEYS = [b"", b"a", b"b"]
+
+
+def asked(rid: int) -> Arrive:
+    return Arrive(rid, f"r{rid}", "t", "chat", 0, 5, 4)
 
 
 class FlightsMachine(RuleBasedStateMachine):
@@ -35,7 +40,7 @@ class FlightsMachine(RuleBasedStateMachine):
             flight = None  # nobody rides on what matters less
         assert self.flights.find(key, priority) is flight
         if flight is None:
-            flight = self.flights.lead(rid, key, priority, "chat", 100 + rid, Seat(rid % 3, rid))
+            flight = self.flights.lead(asked(rid), key, priority, 100 + rid, Seat(rid % 3, rid))
             assert (flight.sid, flight.key, flight.priority) == (FIRST_SID + self.led, key, priority)
             assert (flight.sent_ns, flight.traffic_class, flight.started) == (100 + rid, "chat", False)
             assert (flight.replica, flight.seat) == (rid % 3, Seat(rid % 3, rid))
@@ -92,15 +97,15 @@ TestFlights = FlightsMachine.TestCase
 
 def test_without_a_key_nobody_is_found() -> None:
     flights = Flights(0)
-    flights.lead(0, b"", 0, "fraud", 0, Seat(0, 0))
+    flights.lead(asked(0), b"", 0, 0, Seat(0, 0))
     assert flights.find(b"", 0) is None
 
 
 def test_a_more_important_flight_takes_the_key_over_and_does_not_lose_it_to_the_older_ones_end() -> None:
     flights = Flights(0)
-    low = flights.lead(0, b"k", 2, "tips", 0, Seat(0, 0))
+    low = flights.lead(asked(0), b"k", 2, 0, Seat(0, 0))
     assert flights.find(b"k", 0) is None
-    high = flights.lead(1, b"k", 0, "vip", 0, Seat(0, 1))
+    high = flights.lead(asked(1), b"k", 0, 0, Seat(0, 1))
     assert flights.find(b"k", 2) is high
     flights.close(low.sid)
     assert flights.find(b"k", 2) is high

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.events import Pressure, Waiting
+from engine.events import Arrive, Pressure, Waiting
 from engine.policy.flights import Flight
 from engine.policy.pressure import Pressures
 
@@ -19,7 +19,7 @@ CLASSES = ["fraud", "chat", "reco"]
 
 
 def flight_of(sid: int, name: str, sent_ns: int, replica: int = 0) -> Flight:
-    return Flight(sid, replica, None, b"", 1, name, sent_ns)
+    return Flight(sid, replica, None, b"", 1, name, sent_ns, Arrive(sid, "r", "t", name, 0, 5, 4))
 
 
 def said(acked_sid: int, replica: int = 0, **oldest_ns: int) -> Pressure:

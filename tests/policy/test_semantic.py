@@ -78,7 +78,8 @@ def test_against_a_list(seed: int) -> None:
                     mine.remove(entry)
                     mine.append(entry)
                     break
-            hit = cache.decide(now_ns, hard, near, relaxed)
+            ask = Arrive(number, f"r{number}", "t", "qa", now_ns, 5, 4, hard_key=hard)
+            hit = cache.decide(now_ns, ask, near, relaxed).hit
             assert (hit and (hit.entry, hit.cosine_millionths, hit.approximate)) == want
         cache.check()
 
@@ -187,12 +188,12 @@ def test_an_encoder_that_is_late_or_fails_opens_the_breaker(status: str) -> None
     actions = world.ask("q9")
     assert kinds(actions, Submit) and not kinds(actions, FindSimilar), "open: nobody waits for the encoder"
     world.now_ns = S_NS
-    assert kinds(world.ask("q10"), FindSimilar), "half-open: a probe"
+    assert kinds(world.ask("q10", "reco"), FindSimilar), "half-open: a probe"
 
 
 def test_a_cancelled_look_gives_its_permit_back() -> None:
     world = World()
     world.ask("q")
     world.tell(Cancel(0))
-    assert world.gateway.encoder.stats().open_permits == 0
+    assert world.gateway.similar.encoder.stats().open_permits == 0
     assert not world.similar(), "an answer to nobody is no news"

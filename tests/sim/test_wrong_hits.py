@@ -176,7 +176,7 @@ def test_the_report_shows_it_after_who_answered() -> None:
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Resolved, list[Request], RunView, Path]:
     """The bundled sale in the twin, with made-up vectors: questions of one answer are near, and so are some others."""
-    resolved = load("flash-sale", ("model.name=fake", "semantic.cosine=0.88"))
+    resolved = load("flash-sale", ("model.name=fake", "semantic.cosine=0.88", "semantic.vetoes=[]"))
     bench = sale.make_bench(resolved, load_calibration(data_path("calibrations", "smollm2-reference.json")))
     corpus = read_corpus(resolved.scenario)
     rng = np.random.default_rng(3)
@@ -187,7 +187,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Resolved, list[Reque
         mixed = topic + 3 * topics.setdefault(q.intent, rng.normal(size=384)) + 0.2 * rng.normal(size=384)
         vectors[bench._facts.text_key(q.text)] = (mixed / np.linalg.norm(mixed)).astype(np.float32)
     bench._vectors = vectors
-    requests = flash_sale(resolved.scenario, "ci", 40.0, 5)
+    requests = flash_sale(resolved.scenario, "ci", 16.0, 5)
     folder = tmp_path_factory.mktemp("sale")
     return resolved, requests, sale.twin_sale(bench, resolved, requests, 14.0, 5, folder), folder
 
@@ -199,7 +199,7 @@ def test_the_same_question_is_never_answered_wrongly(
     _, requests, view, _ = twin
     by_id = {r.request_id: r for r in requests}
     same = view.frame[view.frame["wrong_hit"].notna() & view.frame["cosine"].isna()]
-    assert set(same["tier"]) >= {"exact", "coalesced"} and len(same) > 80
+    assert set(same["tier"]) >= {"exact", "coalesced"} and len(same) > 60
     assert not same["wrong_hit"].any()
     assert all(by_id[row.request_id].text == by_id[row.source].text for row in same.itertuples())
     similar = view.frame[view.frame["cosine"].notna() & (view.frame["outcome"] == "served")]

@@ -1,0 +1,128 @@
+"""Audits and refreshes of one gateway: begun when it is calm, at the lowest priority, one at a time, for no client.
+
+Calm is: overload level 0, and nothing waits at any replica. What a job computes is kept like any answer. Its requests
+stand under a class of their own at the replica, so that their waiting moves no overload level.
+"""
+
+from __future__ import annotations
+
+from engine.config import GatewayConfig
+from engine.events import (
+    PRIORITY,
+    BackgroundRecord,
+    Ended,
+    GatewayAction,
+    Hold,
+    Placed,
+    Record,
+    Release,
+    Tier,
+)
+from engine.policy.answers import Answers
+from engine.policy.fleet import GOOD, Fleet
+from engine.policy.flights import BACKGROUND, Flight, Flights
+from engine.policy.jobs import Job, Jobs
+from engine.policy.overload import Overload
+from engine.policy.semantic import SemanticEntry
+from engine.policy.trip import Trip
+
+
+class Background:
+    """Speaks through the gateway's outbox."""
+
+    def __init__(
+        self, config: GatewayConfig, flights: Flights, fleet: Fleet, answers: Answers, overload: Overload,
+        outbox: list[GatewayAction],
+    ) -> None:
+        self.jobs = Jobs()
+        self._config, self._flights, self._fleet, self._answers = config, flights, fleet, answers
+        self._overload, self._outbox = overload, outbox
+        self._audited: dict[int, SemanticEntry] = {}  # rid -> what served it; of jobs that wait or run
+        self._stopped = False
+
+    def audit(self, now_ns: int, trip: Trip, entry: SemanticEntry, tier: Tier) -> None:
+        """This hit is to be computed anew and compared."""
+        cosine = trip.cosine_millionths or 0
+        self._audited[trip.ask.rid] = entry
+        self._offer(now_ns, Job("audit", trip.ask, entry.key, entry.answer_id, entry.source, tier, cosine))
+
+    def refresh(self, now_ns: int, trip: Trip) -> None:
+        """What it got is past its time to live: to be renewed, once."""
+        if not self.jobs.renews(trip.key) and self._flights.find(trip.key, PRIORITY["sheddable"]) is None:
+            self._offer(now_ns, Job("refresh", trip.ask, tier="exact", source=trip.source))
+
+    def _offer(self, now_ns: int, job: Job) -> None:
+        self._outbox.append(Hold(job.ask.rid))
+        if (dropped := self.jobs.offer(job)) is not None:
+            self._close(now_ns, dropped, None)
+        if self._stopped:
+            self.stop(now_ns)
+
+    def turn(self, now_ns: int) -> None:
+        """Begin the next job, if one waits and it is calm."""
+        if not self.jobs.waits or self._overload.level:
+            return None
+        if any(name != BACKGROUND for name in self._fleet.pressures.oldest_ns()):
+            return None
+        job = self.jobs.take()
+        if job is None:
+            return None
+        seat = self._fleet.take(now_ns, job.ask)
+        if seat is None:
+            self.jobs.end(job, done=False)
+            return self._close(now_ns, job, None)
+        refresh = job.kind == "refresh"
+        cls = self._config.classes[job.ask.traffic_class]
+        flight = self._flights.lead(
+            job.ask, job.ask.exact_key if refresh else b"", cls.priority if refresh else PRIORITY["sheddable"], now_ns,
+            seat, self._answers.invalidations.number, self._answers.tags_of(job.ask), job=job,
+        )
+        self._fleet.sent(flight, job.ask)
+        self._outbox.append(flight.ticket(now_ns + cls.start_within_ns))
+        return None
+
+    def ended(self, now_ns: int, flight: Flight, ended: Ended) -> None:
+        """A job's flight is over."""
+        job = flight.job
+        assert job is not None, "ended: it was a job's"
+        good = ended.reason in GOOD and bool(ended.answer_id)
+        self.jobs.end(job, done=good)
+        if not good:
+            return self._close(now_ns, job, None)
+        has_vector = self._config.semantic.enabled and bool(job.ask.text_key) and job.kind == "audit"
+        self._outbox.extend(self._answers.keep(now_ns, flight, has_vector, ended))
+        if job.kind == "refresh":
+            return self._close(now_ns, job, ended)
+        self._answers.audit(job, self._audited[job.ask.rid], ended)
+        return self.settle(now_ns)
+
+    def placed(self, now_ns: int, event: Placed) -> None:
+        """An answer's vector is known: comparisons may come out."""
+        self._answers.placed(event)
+        self.settle(now_ns)
+
+    def settle(self, now_ns: int) -> None:
+        """Comparisons that have come out: of audits they go into the ledger."""
+        for outcome in self._answers.outcomes():
+            if outcome.open.job is not None:
+                self._close(now_ns, outcome.open.job, outcome.open.ended, outcome.right)
+
+    def stop(self, now_ns: int) -> None:
+        """Nothing more is begun."""
+        self._stopped = True
+        for job in self.jobs.clear():
+            self._close(now_ns, job, None)
+
+    def _close(self, now_ns: int, job: Job, ended: Ended | None, right: bool | None = None) -> None:
+        ask = job.ask
+        self._audited.pop(ask.rid, None)
+        self._outbox.append(Release(ask.rid))
+        self._outbox.append(
+            Record(
+                BackgroundRecord(
+                    now_ns, job.kind, ask.request_id, ask.traffic_class, ended is not None, right, job.tier,
+                    job.source, job.cosine_millionths if job.kind == "audit" else None,
+                    ended.computed_tokens if ended else 0, ended.output_tokens if ended else 0,
+                )
+            )
+        )

@@ -1,0 +1,68 @@
+"""What was called off, and when: an answer whose computation began before that may not be kept, nor shared any more.
+
+A price that changes while the model reads the old one would else be cached for a whole time to live. Versions make a
+word that comes twice (several senders, a retry) harmless.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+from engine.events import Invalidate
+from engine.policy.tags import meant
+
+REMEMBERED = 1000  # far more than can come while one answer is computed; older ones count as meaning everything
+VERSIONED = 10_000  # tags whose version is known
+
+
+class Word(NamedTuple):
+    """One, with its number."""
+
+    number: int
+    what: Invalidate
+
+
+class Invalidations:
+    """Numbered from 1 on. Owned by one gateway."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._words: deque[Word] = deque()
+        self._forgotten = 0
+        self._versions: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def take(self, what: Invalidate) -> bool:
+        """False: this version of the tag, or a newer one, was known already."""
+        if what.tag and what.version:
+            key = (what.tenant, what.tag)
+            if what.version <= self._versions.get(key, 0):
+                return False
+            self._versions[key] = what.version
+            self._versions.move_to_end(key)
+            if len(self._versions) > VERSIONED:
+                self._versions.popitem(last=False)
+        self.number += 1
+        if not what.answer_id:  # a text that nobody has yet cannot be meant
+            self._words.append(Word(self.number, what))
+            if len(self._words) > REMEMBERED:
+                self._forgotten = self._words.popleft().number
+        return True
+
+    def spoiled(self, since: int, tenant: str, tags: tuple[str, ...]) -> bool:
+        """Whether what began when ``number`` was ``since`` has been called off."""
+        if since < self._forgotten:
+            return True
+        for word in reversed(self._words):
+            if word.number <= since:
+                return False
+            if meant(word.what, tenant, tags):
+                return True
+        return False
+
+    def check(self) -> None:
+        """Invariants."""
+        numbers = [word.number for word in self._words]
+        assert numbers == sorted(set(numbers)), "words: each has a number of its own, in order"
+        assert len(self._words) <= REMEMBERED and len(self._versions) <= VERSIONED, "bounded memory"
+        assert self._forgotten <= self.number, "nothing is forgotten before it was said"

@@ -1,0 +1,331 @@
+"""Audits, refreshes, similar questions in flight, what is called off, quarantine: through a whole gateway, by hand.
+
+Run: python -m pytest tests/policy/test_background.py -q
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.cache_config import ExactConfig, SemanticConfig
+from engine.config import ClassConfig, GatewayConfig, OverloadConfig, TenantConfig
+from engine.events import (
+    Answer,
+    Arrive,
+    Attach,
+    BackgroundRecord,
+    Cancel,
+    Drain,
+    DropVector,
+    Ended,
+    EndReason,
+    FindSimilar,
+    FirstToken,
+    GatewayAction,
+    Hold,
+    Invalidate,
+    Likeness,
+    Neighbour,
+    PlaceAnswer,
+    Placed,
+    Pressure,
+    Record,
+    Reject,
+    Release,
+    Similar,
+    StoreAnswer,
+    StoreVector,
+    Submit,
+    Waiting,
+)
+from engine.policy.flights import BACKGROUND
+from engine.policy.gateway import Gateway
+from engine.units import MS_NS, S_NS
+
+ALWAYS, NEVER = 0, (1 << 31) - 1  # draws below every share, and below none
+
+
+class World:
+    """One gateway, spoken to by hand. Questions are one word; tenants, askers and tags by name."""
+
+    def __init__(self, revalidate_s: float = 0, **semantic: object) -> None:
+        cls = {"caches": "semantic", "slo_ttft_ms": 1000}
+        self.gateway = Gateway(
+            GatewayConfig(
+                classes={"qa": ClassConfig("standard", **cls), "vip": ClassConfig("critical", **cls)},  # type: ignore
+                tenants={"t": TenantConfig(), "u": TenantConfig()},
+                exact=ExactConfig(ttl_s=10, stale_s=40, revalidate_s=revalidate_s),
+                semantic=SemanticConfig(ttl_s=10, stale_s=40, **semantic),  # type: ignore[arg-type]
+                overload=OverloadConfig(window_ms=250),
+            )
+        )
+        self.now_ns, self.rid = 0, -1
+
+    def tell(self, event: object) -> list[GatewayAction]:
+        out = self.gateway.handle(self.now_ns, event)  # type: ignore[arg-type]
+        self.gateway.check()
+        return out
+
+    def ask(
+        self, text: str, near: float | None = None, of: str = "red", cls: str = "qa", tenant: str = "t",
+        asker: str = "", draw: int = NEVER, tags: tuple[str, ...] = (),
+    ) -> list[GatewayAction]:
+        """With the cosine to another question that the index finds."""
+        self.rid += 1
+        key = f"{tenant}{cls}{text}".encode()
+        out = self.tell(
+            Arrive(
+                self.rid, f"r{self.rid}", tenant, cls, self.now_ns, 5, 4, key, b"h" + tenant.encode(), text.encode(),
+                draw=draw, asker=asker.encode(), tags=tags,
+            )
+        )
+        if not only(out, FindSimilar):
+            return out
+        found = () if near is None else (Neighbour(of.encode(), round(near * 1e6)),)
+        return out + self.tell(Similar(self.rid, found))
+
+    def end(self, actions: list[GatewayAction], answer: str, reason: EndReason = "stop") -> list[GatewayAction]:
+        """The one submission among these actions is over."""
+        (submit,) = only(actions, Submit)
+        good = reason == "stop"
+        return self.tell(
+            Ended(submit.sid, reason, 5, 0, 3, answer_id=answer if good else "", answer_bytes=10 if good else 0)
+        )
+
+
+def only(actions: list[GatewayAction], kind: type) -> list:  # type: ignore[type-arg]
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def records(actions: list[GatewayAction]) -> list[BackgroundRecord]:
+    return [a.record for a in only(actions, Record) if isinstance(a.record, BackgroundRecord)]
+
+
+# ------------------------------------------------------------ audits
+
+
+@pytest.mark.parametrize(("other", "right"), [("a1", True), ("a2", False)])
+def test_an_audited_hit_is_answered_at_once_and_computed_when_nobody_waits(other: str, right: bool) -> None:
+    world = World(audit_share=0.5)
+    world.end(world.ask("red"), "a1")
+    out = world.ask("crimson", near=0.96, draw=ALWAYS)
+    (answer,), (hold,), (submit,) = only(out, Answer), only(out, Hold), only(out, Submit)
+    assert (answer.tier, hold.rid, submit.rid) == ("semantic", 1, 1)
+    assert (submit.traffic_class, submit.priority) == (BACKGROUND, 2)
+    out = world.end(out, other)
+    assert only(out, Release) == [Release(1)]
+    (row,) = records(out)
+    assert (row.kind, row.done, row.right, row.request_id, row.source, row.cosine_millionths) == (
+        "audit", True, right, "r1", "r0", 960_000
+    )
+    rule = world.gateway.stats().semantic.rule
+    assert (rule.lessons, rule.wrong) == (1, not right)
+    (answer,) = only(world.ask("crimson"), Answer)
+    assert (answer.tier, answer.answer_id) == ("exact", other), "what was computed is kept for the question itself"
+
+
+def test_what_chance_leaves_alone_is_not_computed() -> None:
+    world = World(audit_share=0.5)
+    world.end(world.ask("red"), "a1")
+    assert not only(world.ask("crimson", near=0.96, draw=NEVER), Submit)
+
+
+def test_an_audit_waits_until_it_is_calm_and_one_runs_at_a_time() -> None:
+    world = World(audit_share=1.0)
+    world.end(world.ask("red"), "a1")
+    busy = Pressure(0, 10**9, 3, (Waiting("qa", 1, world.now_ns),))
+    world.tell(busy)
+    assert not only(world.ask("crimson", near=0.96), Submit)
+    assert not only(world.ask("scarlet", near=0.96), Submit)
+    first = world.tell(Pressure(0, 10**9, 3))
+    assert [submit.rid for submit in only(first, Submit)] == [1]
+    second = world.end(first, "a1")
+    assert [submit.rid for submit in only(second, Submit)] == [2]
+    world.end(second, "a1", "failed")
+    assert world.gateway.stats().jobs.dropped == 1 and world.gateway.stats().jobs.done == 1
+
+
+def test_an_audits_waiting_raises_no_level() -> None:
+    world = World(audit_share=1.0)
+    world.end(world.ask("red"), "a1")
+    world.ask("crimson", near=0.96)
+    world.now_ns += 5 * S_NS
+    world.tell(Pressure(0, 10**9, 0, (Waiting(BACKGROUND, 1, 0),)))
+    assert world.gateway.stats().level == 0
+
+
+def test_a_drain_lets_go_of_what_waits() -> None:
+    world = World(audit_share=1.0)
+    world.end(world.ask("red"), "a1")
+    world.tell(Pressure(0, 10**9, 3, (Waiting("qa", 1, world.now_ns),)))
+    world.ask("crimson", near=0.96)
+    out = world.tell(Drain())
+    assert only(out, Release) == [Release(1)]
+    assert [(row.done, row.right) for row in records(out)] == [(False, None)]
+
+
+def test_answers_are_compared_by_their_vectors_where_words_differ() -> None:
+    world = World(audit_share=1.0, identity="meaning", same_answer_cosine=0.9)
+    out = world.end(world.ask("red"), "a1")
+    assert only(out, PlaceAnswer) == [PlaceAnswer(b"ht", "a1")]
+    world.tell(Placed(b"ht", "a1"))
+    out = world.end(world.ask("crimson", near=0.96), "a2")
+    assert only(out, PlaceAnswer) == [PlaceAnswer(b"ht", "a2")]
+    assert not records(out), "not before its vector is there"
+    (row,) = records(world.tell(Placed(b"ht", "a2", (Likeness("a1", 950_000),))))
+    assert row.right is True
+    out = world.end(world.ask("scarlet", near=0.96), "a3")
+    (row,) = records(world.tell(Placed(b"ht", "a3", (Likeness("a1", 850_000),))))
+    assert row.right is False
+
+
+# ------------------------------------------------------------ stale-while-revalidate
+
+
+def test_an_old_answer_serves_once_more_while_it_is_renewed() -> None:
+    world = World(revalidate_s=5)
+    world.end(world.ask("red"), "a1")
+    world.now_ns = 12 * S_NS
+    out = world.ask("red")
+    (answer,) = only(out, Answer)
+    assert (answer.tier, answer.answer_id, answer.age_ns) == ("exact", "a1", 12 * S_NS)
+    assert len(only(out, Submit)) == 1
+    again = world.ask("red")
+    assert only(again, Answer) and not only(again, Submit), "renewed once, however many ask"
+    (row,) = records(world.end(out, "a9"))
+    assert (row.kind, row.done) == ("refresh", True)
+    (answer,) = only(world.ask("red"), Answer)
+    assert (answer.answer_id, answer.age_ns) == ("a9", 0)
+    world.now_ns = 30 * S_NS
+    assert not only(world.ask("red"), Answer), "beyond the window it is a miss"
+
+
+# ------------------------------------------------------------ similar questions in flight
+
+
+def test_a_paraphrase_waits_for_the_question_that_is_being_computed() -> None:
+    world = World(coalesce=True)
+    led = world.ask("red")
+    assert only(led, StoreVector) == [StoreVector(b"ht", b"red")], "it can be found from now on"
+    out = world.ask("crimson", near=0.96)
+    assert only(out, Attach) == [Attach(1, 0)] and not only(out, Submit)
+    world.tell(FirstToken(0))
+    done = world.end(led, "a1")
+    mine = [a for a in only(done, Answer) if a.rid == 1]
+    assert [(a.tier, a.answer_id, a.source, a.cosine_millionths) for a in mine] == [("coalesced", "a1", "r0", 960_000)]
+    assert not only(world.ask("crimson", near=0.96), Submit), "and is a semantic hit afterwards"
+
+
+def test_off_it_is_computed_beside_it() -> None:
+    world = World()
+    assert not only(world.ask("red"), StoreVector)
+    assert only(world.ask("crimson", near=0.96), Submit)
+
+
+def test_another_questions_failure_is_not_mine() -> None:
+    world = World(coalesce=True)
+    led = world.ask("red")
+    world.ask("crimson", near=0.96)
+    out = world.end(led, "", "failed")
+    assert [reject.rid for reject in only(out, Reject)] == [0]
+    assert [submit.rid for submit in only(out, Submit)] == [1], "it is computed for itself"
+    assert DropVector(b"ht", b"red") in out and not only(out, StoreAnswer)
+
+
+def test_a_critical_question_does_not_wait_for_a_standard_one() -> None:
+    world = World(coalesce=True)
+    world.ask("red")
+    assert only(world.ask("crimson", near=0.96, cls="vip"), Submit)
+
+
+def test_the_leaders_client_may_leave() -> None:
+    world = World(coalesce=True)
+    led = world.ask("red")
+    world.ask("crimson", near=0.96)
+    world.tell(Cancel(0))
+    done = world.end(led, "a1")
+    assert [a.rid for a in only(done, Answer)] == [1]
+
+
+# ------------------------------------------------------------ what is called off
+
+
+@pytest.mark.parametrize(
+    ("what", "gone"),
+    [
+        (Invalidate(tag="kettle"), True), (Invalidate(tag="catalogue"), True), (Invalidate(answer_id="a1"), True),
+        (Invalidate(tenant="t"), True), (Invalidate(), True), (Invalidate(tag="teapot"), False),
+        (Invalidate(tenant="u"), False), (Invalidate(tenant="u", tag="kettle"), False),
+        (Invalidate(answer_id="a2"), False),
+    ],
+)
+def test_what_is_meant_serves_nobody_any_more(what: Invalidate, gone: bool) -> None:
+    world = World()
+    world.end(world.ask("red", tags=("kettle",)), "a1")
+    world.tell(what)
+    assert bool(only(world.ask("red"), Answer)) == (not gone)
+    assert bool(only(world.ask("crimson", near=0.96), Answer)) == (not gone)
+
+
+def test_a_version_counts_once() -> None:
+    world = World()
+    world.tell(Invalidate(tag="catalogue", version=7))
+    world.end(world.ask("red"), "a1")
+    world.tell(Invalidate(tag="catalogue", version=7))
+    world.tell(Invalidate(tag="catalogue", version=6))
+    assert only(world.ask("red"), Answer), "no news"
+    world.tell(Invalidate(tag="catalogue", version=8))
+    assert not only(world.ask("red"), Answer)
+
+
+def test_what_was_begun_before_is_neither_kept_nor_joined() -> None:
+    world = World(coalesce=True)
+    led = world.ask("red")
+    world.tell(Invalidate(tag="catalogue"))
+    assert only(world.ask("red"), Submit), "the old price is read in that flight: nobody new gets aboard"
+    done = world.end(led, "a1")
+    assert [a.rid for a in only(done, Answer)] == [0], "who was aboard gets it"
+    assert not only(done, StoreAnswer)
+
+
+# ------------------------------------------------------------ quarantine
+
+
+def test_an_entry_serves_others_after_enough_of_them_got_an_equal_answer() -> None:
+    world = World(quarantine=2)
+    world.end(world.ask("red", asker="eve"), "a1")
+    assert only(world.ask("reddish", near=0.96, asker="eve"), Answer), "her own"
+    for name in ("ann", "ann", "bob"):
+        out = world.ask(f"{name}'s {world.rid}", near=0.96, asker=name)
+        assert not only(out, Answer), "not yet"
+        world.end(out, "a1")
+    assert only(world.ask("crimson", near=0.96, asker="cyd"), Answer)
+
+
+def test_a_poisoned_entry_stays_where_it_is() -> None:
+    world = World(quarantine=1)
+    world.end(world.ask("red", asker="eve"), "poison")
+    for name in ("ann", "bob", "cyd", ""):
+        out = world.ask(f"{name} asks", near=0.96, asker=name)
+        assert not only(out, Answer)
+        world.end(out, "a1")
+    assert world.gateway.stats().semantic.quarantined >= 1
+
+
+def test_nobody_without_a_name_is_served_from_quarantine_or_vouches() -> None:
+    world = World(quarantine=1)
+    world.end(world.ask("red", asker=""), "a1")
+    for number in range(3):
+        out = world.ask(f"q{number}", near=0.96, asker="")
+        assert not only(out, Answer)
+        world.end(out, "a1")
+
+
+def test_time_is_told() -> None:
+    """An entry past its time to live is no hit, but evidence; past the stale window it is neither."""
+    world = World()
+    world.end(world.ask("red"), "a1")
+    world.now_ns = 10 * S_NS
+    assert only(world.ask("crimson", near=0.96), Answer)
+    world.now_ns += MS_NS
+    assert not only(world.ask("scarlet", near=0.96), Answer)

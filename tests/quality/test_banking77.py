@@ -1,0 +1,49 @@
+"""What ships, on Banking77's rows that neither the fit nor the threshold saw. Slow the first time.
+
+Run: DOORBUSTER_BANKING77=DIR python -m pytest -m slow tests/quality/test_banking77.py -q
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.cache_config import CalibratedConfig, SemanticConfig
+from engine.policy.calibrated import CalibratedRule
+from engine.policy.fixed import FixedRule
+from sim.quality.certified import pooled, split
+from sim.quality.fill import Replay
+from sim.quality.questions import banking77
+
+FOLDER = Path(os.environ.get("DOORBUSTER_BANKING77") or Path(__file__).parents[3] / "shared" / "data" / "banking77")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (FOLDER / "train.csv").is_file(), reason="no Banking77: set DOORBUSTER_BANKING77 to its folder"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def test_rows() -> Replay:
+    return Replay(split(*banking77(FOLDER)).test)
+
+
+def test_the_data_are_those_of_the_reference(test_rows):
+    """A bare threshold of 0.95 deflects 12.8 % of these rows, and 0.2 to 0.3 % get a wrong answer."""
+    found = pooled(test_rows, lambda: FixedRule(SemanticConfig(cosine=0.95)), 0.95)
+    assert found.asked == 5 * 6083
+    assert found.deflected == pytest.approx(0.128, abs=0.004)
+    assert 0.002 <= found.wrong / found.asked <= 0.003
+
+
+@pytest.mark.parametrize(("bound", "at_least"), [(0.0025, 0.25), (0.01, 0.52)])
+def test_what_ships_keeps_its_bound(test_rows, bound, at_least):
+    shipped = CalibratedConfig()
+    least = shipped.least if bound < 0.01 else shipped.approximate_least
+    found = pooled(test_rows, lambda: CalibratedRule(SemanticConfig(calibrated=CalibratedConfig(least=least))), least)
+    assert found.upper <= bound
+    assert found.deflected >= at_least
