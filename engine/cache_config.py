@@ -53,8 +53,9 @@ class CalibratedConfig(Section):
 
     Fitted on 3,500 questions of Banking77 (Casanueva et al. 2020; all-MiniLM-L6-v2; cache filling from empty, eight
     neighbours) by ``sim.quality.fit``. ``least`` and ``approximate_least`` are the loosest log-odds that passed a
-    fixed-sequence test on 3,500 others: with 95 % confidence at most 0.25 % and 1.0 % of all that asked there get a
-    wrong answer. That says nothing of other traffic: audit yours (``audit_share``). See ``sim/quality/README.md``.
+    fixed-sequence test on 3,500 others, for 0.25 % and 1.0 % wrong of all that ask. Replayed requests share entries, so
+    the test is an approximation, and it says nothing of other traffic: audit yours (``audit_share``). What became of
+    the bounds on rows that nobody had fitted on stands in ``sim/quality/README.md``.
     """
 
     known: Weights = Weights(
