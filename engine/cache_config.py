@@ -6,12 +6,14 @@ they were worth on questions that the fit never saw, stands in ``engine/policy/R
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from engine.units import MIB_BYTES
 from engine.values import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share
 
-RuleName = Literal["fixed", "calibrated"]
+RuleName = Literal["fixed", "calibrated", "adaptive", "conformal"]
 Veto = Literal["numbers", "negation", "names", "opposites"]
 
 
@@ -73,6 +75,27 @@ class CalibratedConfig(Section):
     vetoed_most: NonNegative = 0  # of an answer's entries, not counting the nearest, so many may be vetoed
 
 
+class AdaptiveConfig(Section):
+    """Rule ``adaptive``: learns while it serves which answers are right (in the manner of vCache)."""
+
+    wrong_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01  # of all that ask, at most so many get a wrong one
+    approximate_wrong_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.05
+    explore_least: Share = 0.02  # of what could be served, so many are computed anew however sure the rule is
+    pending_most: Positive = 10_000  # questions under way whose answers are awaited as lessons
+    confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.95  # of the bound that is reported
+
+
+class ConformalConfig(Section):
+    """Rule ``conformal``: one cosine, moved by what comparisons show so that errors stay at their share."""
+
+    wrong_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01  # of all that ask
+    approximate_wrong_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.05
+    start: Share = 0.97  # cosine at first
+    step: PositiveFloat = 0.002  # of the cosine, at most, every 50 questions and at each error that was served or could
+    explore_least: Share = 0.02  # of what could be served, so many are computed anew
+    confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.95  # of the bound that is reported
+
+
 class SemanticConfig(Section):
     """Answers to single questions that mean the same under the same hard key."""
 
@@ -82,6 +105,8 @@ class SemanticConfig(Section):
     approximate_cosine: Share = 0.85  # fixed: good enough for a sheddable class from level 1 on
     vetoes: tuple[Veto, ...] = ("numbers", "negation", "opposites")  # must not differ; traps at 0.95: 42 % without, 3 %
     calibrated: CalibratedConfig = CalibratedConfig()
+    adaptive: AdaptiveConfig = AdaptiveConfig()
+    conformal: ConformalConfig = ConformalConfig()
     identity: Literal["text", "meaning", "unknown"] = "text"  # equal answers: by digest, by their vectors, not at all
     same_answer_cosine: Share = 0.95  # identity "meaning": answers so near are one
     audit_share: Share = 0.0  # of the hits, computed anew when it is calm, and compared

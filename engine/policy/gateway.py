@@ -214,9 +214,9 @@ class Gateway:
             trip.used_tokens = ask.prompt_tokens + ended.output_tokens
         if ended.reason in GOOD and trip.key and ended.answer_id:
             self._outbox.extend(self.answers.keep(self._now_ns, flight, trip.has_vector, ended))
-            if trip.compare is not None:
-                self.answers.compare(ask, trip.compare, ended)
-                self.background.settle(self._now_ns)
+            for with_ in trip.compare:
+                self.answers.compare(ask, with_, ended)
+            self.background.settle(self._now_ns)
         if question and not (self.answers.semantic.holds(*question) or self.flights.awaited(question)):
             self._outbox.append(DropVector(*question))
         return ended

@@ -61,7 +61,7 @@ class RuleStats(Struct):
 
 
 class Rule(Protocol):
-    """``fixed.py`` and ``calibrated.py``."""
+    """One of ``fixed.py``, ``calibrated.py``, ``adaptive.py``, ``conformal.py``."""
 
     def judge(self, marks: TextMarks, near: Sequence[Candidate], relaxed: bool, draw: int) -> Judgement:
         """``near``: nearest first, perhaps none. ``relaxed``: an approximation is better than nothing."""

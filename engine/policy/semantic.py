@@ -67,11 +67,11 @@ class Comparison(Struct):
 
 
 class Decision(Struct):
-    """At most one of ``hit`` and ``ride``; neither is a miss."""
+    """At most one of ``hit`` and ``ride``; neither is a miss. ``compare``: for the rule, and one out of quarantine."""
 
     hit: SemanticHit | None = None
     ride: Ride | None = None
-    compare: Comparison | None = None
+    compare: tuple[Comparison, ...] = ()
 
 
 class SemanticStats(Struct):
@@ -130,9 +130,10 @@ class SemanticCache:
         said = self.rule.judge(ask.marks, near, relaxed, ask.draw // DRAWS)
         if said.serve is None:
             self._misses += 1
+            compare = () if suspect is None else (suspect,)
             if said.compare is not None and (old := self._entries.get(near[said.compare].key)):
-                return Decision(compare=Comparison(old, near[said.compare].cosine_millionths, lesson=True))
-            return Decision(compare=suspect)
+                compare = (*compare, Comparison(old, near[said.compare].cosine_millionths, lesson=True))
+            return Decision(compare=compare)
         chosen = near[said.serve]
         entry = self._entries.get(chosen.key)
         if entry is None or now_ns - entry.stored_ns > self._keep_ns:

@@ -61,7 +61,7 @@ class Trip:
     source: str = ""
     similar: Similar | None = None  # what was found, until it was judged
     ride: Flight | None = None  # of a similar question
-    compare: Comparison | None = None  # what its answer is to be held against
+    compare: tuple[Comparison, ...] = ()  # what its answer is to be held against
     has_vector: bool = False  # its question has a vector, or will have one: similar questions can find its answer
     cosine_millionths: int | None = None
     tier: Tier | None = None

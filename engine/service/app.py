@@ -20,6 +20,7 @@ from engine.config import IngressConfig, Scenario
 from engine.errors import RequestError
 from engine.events import Answer, Arrive, Reject
 from engine.policy.limiter import Limiter
+from engine.service.admin import TAGS_HEADER, check_admin, flush, look, tags_of
 from engine.service.auth import KeyRing
 from engine.service.completions import (
     TextWording,
@@ -79,6 +80,7 @@ class Exchange:
     def __init__(self, scope: dict[str, Any], receive: Receive, send: Send, arrived_ns: int) -> None:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
+        self.query: bytes = scope.get("query_string", b"")
         self.receive, self.send, self.arrived_ns = receive, send, arrived_ns
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.is_local = is_local(scope.get("client"), self._headers)
@@ -91,6 +93,10 @@ class Exchange:
         """A header's value; several are one list (RFC 9110, 5.3), so that two keys, or two classes, are none."""
         values = [value for key, value in self._headers if key == name]
         return b", ".join(values) if values else None
+
+    def tags(self) -> tuple[str, ...]:
+        """What its answer depends on, beside what its class says."""
+        return tags_of(self.header(TAGS_HEADER.encode()))
 
     async def body(self, limits: IngressConfig) -> bytes:
         """All of it; RequestError before more than the limits allow is taken in, or waited for."""
@@ -191,6 +197,7 @@ class App:
             "/healthz": (("GET", "HEAD"), self._alive),
             "/readyz": (("GET", "HEAD"), self._ready),
             "/metrics": (("GET", "HEAD"), self._measure),
+            "/admin/cache": (("GET", "HEAD", "POST"), self._cache),
         }
 
     @property
@@ -260,6 +267,13 @@ class App:
         page = self.metrics.page(now_ns, machine.stats(), machine.fleet.pressures.oldest_ns())
         await exchange.whole(200, page, [], (b"content-type", CONTENT_TYPE))
 
+    async def _cache(self, exchange: Exchange) -> None:
+        """Needs no room: a changed price must get through a rush."""
+        check_admin(self._keyring, self._keyring.authenticate(exchange.header(b"authorization")))
+        if exchange.method == "POST":
+            return await exchange.whole(200, flush(self._driver, self._keyring, await exchange.body(self._limits)), [])
+        return await exchange.whole(200, look(self._driver, exchange.query), [])
+
     # ------------------------------------------------------------ text and vectors
 
     async def _chat(self, exchange: Exchange) -> None:
@@ -270,7 +284,7 @@ class App:
             self._check(ask)
             facts, prompt = self._facts.arrive(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.conversation(), ask.params(),
-                ask.token_limit, exchange.arrived_ns,
+                ask.token_limit, exchange.arrived_ns, ask.user or ask.safety_identifier or "", exchange.tags(),
             )
             await self._answer(exchange, ask, facts, prompt, question_of(ask.conversation()), Wording)
 
@@ -282,7 +296,7 @@ class App:
             self._check(ask)
             facts, prompt = self._facts.complete(
                 self._driver.next_rid(), exchange.request_id, tenant, name, ask.text, ask.params(),
-                ask.token_limit, exchange.arrived_ns,
+                ask.token_limit, exchange.arrived_ns, ask.user or "", exchange.tags(),
             )
             await self._answer(exchange, ask, facts, prompt, "", TextWording)
 

@@ -37,18 +37,21 @@ class Stanza(Section):
     burst: PositiveFloat | None = None
     tokens_per_s: NonNegativeFloat | None = None
     weight: PositiveFloat = 1.0
+    admin: bool = False  # may look into the caches of all tenants, and flush them
 
     def grant(self) -> TenantConfig:
-        """Everything but the key."""
+        """What it may ask for, and how much of it."""
         return TenantConfig(self.classes, self.rate_rps, self.burst, self.tokens_per_s, self.weight)
 
 
 class KeyRing:
     """Digests to tenants, tenants to what they may do."""
 
-    def __init__(self, digests: dict[str, bytes], tenants: dict[str, TenantConfig]) -> None:
-        """``digests``: tenant to the SHA-256 of its key."""
-        self._digests, self.tenants = digests, tenants
+    def __init__(
+        self, digests: dict[str, bytes], tenants: dict[str, TenantConfig], admins: frozenset[str] = frozenset()
+    ) -> None:
+        """``digests``: tenant to the SHA-256 of its key. ``admins``: those who may see and flush what all have."""
+        self._digests, self.tenants, self._admins = digests, tenants, admins
 
     @classmethod
     def load(cls, path: Path, known_classes: Iterable[str]) -> KeyRing:
@@ -74,13 +77,14 @@ class KeyRing:
                 raise UserError(f"the same key_sha256 as [tenants.{other}]", where, why, ANOTHER_KEY)
             owners[digest] = name
             digests[name] = digest
-        return cls(digests, {name: stanza.grant() for name, stanza in stanzas.items()})
+        admins = frozenset(name for name, stanza in stanzas.items() if stanza.admin)
+        return cls(digests, {name: stanza.grant() for name, stanza in stanzas.items()}, admins)
 
     @classmethod
     def single(cls, tenant: str = "local") -> tuple[KeyRing, str]:
-        """A ring with one fresh key that opens all classes, and that key."""
+        """A ring with one fresh key that opens all classes and is an admin's, and that key: for this machine alone."""
         key = _fresh_key()
-        return cls({tenant: _digest(key.encode())}, {tenant: TenantConfig()}), key
+        return cls({tenant: _digest(key.encode())}, {tenant: TenantConfig()}, frozenset((tenant,))), key
 
     def authenticate(self, header: bytes | None) -> str:
         """The tenant whose key stands in ``Authorization: Bearer KEY``; RequestError "unauthorized" else."""
@@ -95,6 +99,10 @@ class KeyRing:
         if tenant is None:
             raise RequestError("unauthorized", "this API key is not known here")
         return tenant
+
+    def is_admin(self, tenant: str) -> bool:
+        """Whether its key opens ``/admin``."""
+        return tenant in self._admins
 
     def class_of(self, tenant: str, asked: str | None, known: Mapping[str, ClassConfig]) -> str:
         """The traffic class of a request: the one asked for, if granted, else the first that the key file grants.

@@ -61,9 +61,13 @@ class FactMaker:
         params: SamplingParams,
         max_tokens: int | None,
         arrived_ns: int,
+        asker: str = "",
+        tags: tuple[str, ...] = (),
     ) -> tuple[Arrive, list[int]]:
         """The facts, and the prompt's token ids for the replica.
 
+        ``asker``: the tenant's own user, "" = not named. ``tags``: what the answer depends on beside what its class
+        says; an answer kept under some is never one for others, whom their change would not reach.
         ``params.seed`` 0 means that the client gave none: with a temperature such a request has no exact key.
         Raises RequestError when the conversation does not fit the model.
         """
@@ -73,12 +77,12 @@ class FactMaker:
         facts = Arrive(
             rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
             prompt_tokens=len(prompt), max_tokens=most,
-            exact_key=self._exact_key("exact", tenant, traffic_class, params, most, text),
-            hard_key=self._hard_key(tenant, traffic_class, params, most, messages),
+            exact_key=self._exact_key(_tagged("exact", tags), tenant, traffic_class, params, most, text),
+            hard_key=self._hard_key(_tagged("hard", tags), tenant, traffic_class, params, most, messages),
             text_key=self.text_key(question) if question else b"", blocks=self._blocks(tenant, prompt),
             pinned_blocks=shared_tokens // self._hasher.block_tokens if self._classes[traffic_class].pinned else 0,
             marks=marks_of(question, self._hasher) if question and traffic_class in self._similar else TextMarks(),
-            draw=self._draw(tenant, request_id),
+            draw=self._draw(tenant, request_id), asker=self._asker(tenant, asker), tags=tags,
         )
         return facts, prompt
 
@@ -92,6 +96,8 @@ class FactMaker:
         params: SamplingParams,
         max_tokens: int | None,
         arrived_ns: int,
+        asker: str = "",
+        tags: tuple[str, ...] = (),
     ) -> tuple[Arrive, list[int]]:
         """``arrive`` for a bare prompt: no template, no system prompt of the class, special tokens as they are spelt.
 
@@ -105,8 +111,9 @@ class FactMaker:
         facts = Arrive(
             rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
             prompt_tokens=len(prompt), max_tokens=most,
-            exact_key=self._exact_key("exact-bare", tenant, traffic_class, params, most, text),
+            exact_key=self._exact_key(_tagged("exact-bare", tags), tenant, traffic_class, params, most, text),
             blocks=self._blocks(tenant, prompt), draw=self._draw(tenant, request_id),
+            asker=self._asker(tenant, asker), tags=tags,
         )
         return facts, prompt
 
@@ -121,6 +128,9 @@ class FactMaker:
     def _draw(self, tenant: str, request_id: str) -> int:
         """Uniform in [0, 2**62): only who has the run's key can tell it from a request's name."""
         return int.from_bytes(self._hasher.digest("draw", tenant, request_id)[:8], "little") >> 2
+
+    def _asker(self, tenant: str, asker: str) -> bytes:
+        return self._hasher.digest("asker", tenant, asker) if asker else b""
 
     def _blocks(self, tenant: str, prompt: list[int]) -> tuple[bytes, ...]:
         return self._hasher.chain(self._hasher.root(tenant, self._model), prompt)
@@ -157,12 +167,17 @@ class FactMaker:
         return self._hasher.digest(tag, tenant, traffic_class, self._model, how, str(most), text) if how else b""
 
     def _hard_key(
-        self, tenant: str, traffic_class: str, params: SamplingParams, most: int, messages: Messages
+        self, tag: str, tenant: str, traffic_class: str, params: SamplingParams, most: int, messages: Messages
     ) -> bytes:
         """Everything but the question: who asks, under what context, for an answer of what kind."""
         system = [turn["content"] for turn in messages if turn["role"] == "system"]
         context = system or [self._system.get(traffic_class, "")]
-        return self._hasher.digest("hard", tenant, traffic_class, self._model, _how(params), str(most), *context)
+        return self._hasher.digest(tag, tenant, traffic_class, self._model, _how(params), str(most), *context)
+
+
+def _tagged(tag: str, tags: tuple[str, ...]) -> str:
+    """A digest's tag that says of which dependencies; tags have no blanks, their order means nothing."""
+    return " ".join((tag, *sorted(set(tags))))
 
 
 def _how(params: SamplingParams) -> str:

@@ -58,8 +58,8 @@ def drill(questions: Questions, quarantine: int, cosine: float = 0.9, seed: int 
             continue
         answer = questions.labels[row]
         _keep(cache, index, questions, row, user, answer)
-        if found.compare is not None:
-            cache.learn(found.compare.entry, None, found.compare.entry.answer_id == answer, user)
+        for with_ in found.compare:
+            cache.learn(with_.entry, None, with_.entry.answer_id == answer, user)
     return Harm(REQUESTS, served, victims, cache.stats().quarantined)
 
 

@@ -329,3 +329,22 @@ def test_time_is_told() -> None:
     assert only(world.ask("crimson", near=0.96), Answer)
     world.now_ns += MS_NS
     assert not only(world.ask("scarlet", near=0.96), Answer)
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "conformal"])
+def test_a_rule_that_learns_hears_what_was_computed_beside_its_candidates(rule: str) -> None:
+    world = World(rule=rule)
+    world.end(world.ask("red"), "a1")
+    for number in range(5):
+        out = world.ask(f"q{number}", near=0.9)
+        if not only(out, Answer):
+            world.end(out, "a1")
+    stats = world.gateway.stats().semantic.rule
+    assert stats.asked == 6 and stats.lessons >= 1 and stats.wrong == 0
+
+
+def test_quarantine_and_a_learning_rule_both_hear_of_a_miss() -> None:
+    world = World(rule="adaptive", quarantine=1)
+    world.end(world.ask("red", asker="eve"), "a1")
+    world.end(world.ask("crimson", near=0.9, asker="ann"), "a1")
+    assert world.gateway.stats().semantic.quarantined == 1, "eve's is out, ann's is in"

@@ -94,6 +94,14 @@ def test_single_grants_everything_to_one_fresh_key() -> None:
     assert ring.class_of("local", None, {"fraud": KNOWN["fraud"]}) == "fraud", "unless there is nothing else"
 
 
+def test_only_who_is_said_to_be_an_admin_is_one(tmp_path: Path) -> None:
+    made = {name: new_key(name)[1] for name in ("office", "shop", "bank")}
+    ring = load(tmp_path, made["office"] + "admin = true\n" + made["shop"] + "admin = false\n" + made["bank"])
+    assert [ring.is_admin(name) for name in ("office", "shop", "bank", "nobody")] == [True, False, False, False]
+    assert ring.tenants["office"] == ring.tenants["bank"], "it grants nothing else"
+    assert KeyRing.single()[0].is_admin("local") and not KeyRing.single()[0].is_admin("shop")
+
+
 def test_a_class_must_be_known_and_granted(tmp_path: Path) -> None:
     ring = load(tmp_path, f'[tenants.bank]\nkey_sha256 = "{DIGEST}"\nclasses = ["fraud", "chat"]\n')
     assert ring.class_of("bank", None, KNOWN) == "fraud"
@@ -124,6 +132,8 @@ TABLE = f'[tenants.a]\nkey_sha256 = "{DIGEST}"\n'
         (TABLE + 'classes = ["chta"]\n', ["'chta'", "fraud, chat, search", "did you mean chat?"]),
         (TABLE + 'rate_rps = "many"\n', ["[tenants.a]", "rate_rps", "float"]),
         (TABLE + "burst = 0\n", ["burst", "> 0"]),
+        (TABLE + 'admin = "yes"\n', ["[tenants.a]", "admin", "bool"]),
+        (TABLE + "admim = true\n", ["admim is not a known key", "did you mean admin?"]),
         (TABLE.replace(DIGEST, DIGEST[:-1]), ["[tenants.a]", "not a SHA-256 digest", "63 characters"]),
         (TABLE.replace(DIGEST, "g" * 64), ["not a SHA-256 digest"]),
         (TABLE + TABLE.replace(".a", ".b").replace(DIGEST, DIGEST.upper()), ["[tenants.b]", "same", "[tenants.a]"]),

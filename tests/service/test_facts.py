@@ -173,6 +173,31 @@ def test_tenants_share_no_block(maker: FactMaker) -> None:
     assert one and not set(one) & set(two)
 
 
+def test_the_asker_is_a_digest_of_the_tenant_s_own_user(maker: FactMaker) -> None:
+    def asker(**changes: Any) -> bytes:
+        return arrive(maker, user("hi"), **changes)[0].asker
+
+    assert asker() == asker(asker="") == b""
+    assert asker(asker="Ann") == asker(asker="Ann", traffic_class="plain") == HASHER.digest("asker", "shop", "Ann")
+    assert len({asker(asker="Ann"), asker(asker="Bob"), asker(asker="Ann", tenant="bank")}) == 3
+    keys = [arrive(maker, user("hi"), asker=name)[0] for name in ("Ann", "Bob")]
+    assert keys[0].exact_key == keys[1].exact_key and keys[0].hard_key == keys[1].hard_key, "users share answers"
+
+
+def test_answers_are_shared_only_where_the_same_change_empties_both(maker: FactMaker) -> None:
+    given: list[tuple[str, ...]] = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("b", "a")]
+    facts = [arrive(maker, user("hi"), tags=tags)[0] for tags in given]
+    assert [fact.tags for fact in facts] == given
+    for keys in ([fact.exact_key for fact in facts], [fact.hard_key for fact in facts]):
+        assert len(set(keys[:5])) == 5 and keys[5] == keys[3]
+    assert len({(fact.text_key, fact.blocks) for fact in facts}) == 1
+    assert facts[0] == arrive(maker, user("hi"))[0], "without tags all is as ever"
+    bare = [
+        maker.complete(1, "r", "shop", "plain", "hi", SamplingParams(), None, 0, "Ann", tags)[0] for tags in given[:2]
+    ]
+    assert bare[0].exact_key != bare[1].exact_key and bare[1].tags == ("a",) and bare[0].asker == bare[1].asker != b""
+
+
 def bare_tokenizer(template: str | None) -> Tokenizer:
     """One piece a byte, no special tokens."""
     alphabet = {chr(i): i for i in range(32, 127)} | {"\n": 10}
