@@ -52,7 +52,7 @@ class Background:
             self._offer(now_ns, Job("refresh", trip.ask, tier="exact", source=trip.source))
 
     def _offer(self, now_ns: int, job: Job) -> None:
-        self._outbox.append(Hold(job.ask.rid))
+        self._outbox.insert(0, Hold(job.ask.rid))  # before the answer, with which the driver lets go of it
         if (dropped := self.jobs.offer(job)) is not None:
             self._close(now_ns, dropped, None)
         if self._stopped:

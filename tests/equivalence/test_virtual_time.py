@@ -72,10 +72,11 @@ def scenario(replicas: int = 1) -> Scenario:
             age_ms=1500, watermark=0.05,
         ),
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
-        exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002),
+        exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002, revalidate_s=2.0 * (replicas > 1)),
         limiter=LimiterConfig(rate_rps=500, burst=500),
         semantic=SemanticConfig(
-            deadline_ms=45, cosine=0.97, approximate_cosine=0.9, ttl_s=4.0, stale_s=10.0, max_entries=30
+            deadline_ms=45, cosine=0.97, approximate_cosine=0.9, ttl_s=4.0, stale_s=10.0, max_entries=30,
+            audit_share=0.5, coalesce=replicas > 1,
         ),
         encoder_breaker=BreakerConfig(
             window="count", window_size=8, minimum_calls=4, slow_share=0.25, open_ms=700, half_open_permits=2
@@ -113,6 +114,7 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
             hard_key=hasher.digest("hard", tenant, name),
             blocks=hasher.chain(hasher.root(tenant, "fake"), prompt),
             pinned_blocks=len(system[name]) // 16 if cls.pinned else 0,
+            draw=int.from_bytes(hasher.digest("draw", str(rid))[:7], "little"),
         )
         answer = said[: cls.max_tokens]
         text = decode(answer).encode()
@@ -210,7 +212,8 @@ def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int)
     for what in ('"tier":"exact"', '"tier":"coalesced"', '"tier":"approximate"', '"tier":"fallback"', "rate_limited",
                  "overloaded", '"LevelRecord"', '"tier":"semantic"', '"StoreVector"', '"DropVector"', '"status":"late"',
                  '"DropAnswer"', '"level":2', '"Cancel"', '"Abort"', '"deadline"', '"BreakerRecord"', "breaker_open",
-                 '"boundary":"replica-0"', '"boundary":"encoder"', "model_failed"):
+                 '"boundary":"replica-0"', '"boundary":"encoder"', "model_failed", '"kind":"audit"', '"Hold"',
+                 '"Release"'):
         assert what in text, f"the workload no longer exercises {what}"
     assert any(e.at_most > 1 for entry in lines(tmp_path / "live", "replica-0.ndjson") for e in entry.actions
                if hasattr(e, "at_most")), "the workload no longer runs several steps at once"
@@ -225,5 +228,6 @@ def test_so_they_do_with_several_replicas(tmp_path: Path, seed: int) -> None:
     text = compare(tmp_path, seed, 3)
     for replica in range(3):
         assert f'"replica":{replica}' in text, "the router no longer uses all replicas"
+    assert '"kind":"audit"' in text and '"kind":"refresh"' in text
     assert '"boundary":"replica-0"' in text
     assert '"boundary":"replica-1"' not in text

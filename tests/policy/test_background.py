@@ -110,6 +110,7 @@ def test_an_audited_hit_is_answered_at_once_and_computed_when_nobody_waits(other
     world.end(world.ask("red"), "a1")
     out = world.ask("crimson", near=0.96, draw=ALWAYS)
     (answer,), (hold,), (submit,) = only(out, Answer), only(out, Hold), only(out, Submit)
+    assert out.index(hold) < out.index(answer), "the driver lets go of the prompt with the answer"
     assert (answer.tier, hold.rid, submit.rid) == ("semantic", 1, 1)
     assert (submit.traffic_class, submit.priority) == (BACKGROUND, 2)
     out = world.end(out, other)
