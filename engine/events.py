@@ -89,11 +89,12 @@ class Likeness(Struct):
 
 
 class Placed(Struct):
-    """Answer to PlaceAnswer: the nearest other answers, nearest first. None when its text could not be encoded."""
+    """Answer to PlaceAnswer: the nearest other answers, nearest first. Not ``known``: its text has no vector."""
 
     hard_key: bytes
     answer_id: str
     near: tuple[Likeness, ...] = ()
+    known: bool = True
 
 
 class Invalidate(Struct):

@@ -20,6 +20,7 @@ from engine.events import (
     Placed,
     StoreAnswer,
     StoreVector,
+    TextMarks,
     Upkeep,
 )
 from engine.policy.exact import Entry, ExactCache
@@ -74,7 +75,8 @@ class Answers:
         return self.exact.get(now_ns, key, stale_ok) if key else None
 
     def similar(
-        self, now_ns: int, ask: Arrive, near: Sequence[Neighbour], relaxed: bool, flying: Callable[[Key], bool]
+        self, now_ns: int, ask: Arrive, near: Sequence[Neighbour], relaxed: bool,
+        flying: Callable[[Key], TextMarks | None],
     ) -> Decision:
         """The answer to a question that means the same, there or on its way."""
         return self.semantic.decide(now_ns, ask, near, relaxed, flying)
@@ -95,8 +97,7 @@ class Answers:
                 tags, ask.marks, ask.asker,
             )
             self.semantic.put(entry, now_ns)
-            if flight.question is None:  # else it can be found since it took off
-                out.append(StoreVector(ask.hard_key, ask.text_key))
+            out.append(StoreVector(ask.hard_key, ask.text_key))  # anew: it may have been dropped since it took off
         if kept or has_vector:
             out.append(StoreAnswer(ended.answer_id, ended.sid))
         if has_vector and self.identities.kind == "meaning" and not self.identities.of(ended.answer_id):
@@ -105,26 +106,30 @@ class Answers:
 
     # ------------------------------------------------------------ comparisons
 
-    def compare(self, asked: Arrive, with_: Comparison, ended: Ended) -> None:
+    def compare(self, flight: Flight, with_: Comparison, ended: Ended) -> None:
         """A request was computed and kept though something similar was there: do both answers say the same?"""
-        entry = with_.entry
+        entry, asked = with_.entry, flight.ask
         lesson = Lesson(entry.key, with_.cosine_millionths, right=False, audit=False) if with_.lesson else None
-        self._compare(Open(entry, lesson, asked.asker, asked.hard_key), ended)
+        self._compare(Open(entry, lesson, asked.asker, asked.hard_key), ended, flight.since)
 
     def audit(self, job: Job, entry: SemanticEntry, ended: Ended) -> None:
         """A hit was computed anew, and that was kept."""
         lesson = Lesson(
             entry.key, job.cosine_millionths, right=False, audit=True, approximate=job.tier == "approximate"
         )
-        self._compare(Open(entry, lesson, b"", job.ask.hard_key, job, ended), ended)
+        self._compare(Open(entry, lesson, b"", job.ask.hard_key, job, ended), ended, job.since)
 
-    def _compare(self, open_: Open, ended: Ended) -> None:
+    def _compare(self, open_: Open, ended: Ended, since: int) -> None:
+        """What was called off ``since`` may well say something else now: that is no error."""
+        if self.invalidations.spoiled(since, open_.entry.tenant, open_.entry.tags):
+            return self._settle(open_, None)
         right = self.identities.same(open_.entry.answer_id, Placed(open_.hard_key, ended.answer_id))
-        kept = self.semantic.refers_to(ended.answer_id)
+        kept = self.semantic.refers_to(ended.answer_id) and not self.identities.of(ended.answer_id)
         if right is None and self.identities.kind == "meaning" and kept and len(self._pending) < PENDING:
             self._pending.setdefault(ended.answer_id, []).append(open_)  # its vector was asked for when it was kept
         else:
             self._settle(open_, right)
+        return None
 
     def placed(self, event: Placed) -> None:
         """An answer's vector has been compared with those of the answers that are kept."""
@@ -150,10 +155,10 @@ class Answers:
 
     # ------------------------------------------------------------ leaving
 
-    def invalidate(self, what: Invalidate) -> list[Upkeep]:
-        """Let go of all that is meant, and of what is being computed of it, once it is there."""
+    def invalidate(self, what: Invalidate) -> list[Upkeep] | None:
+        """Let go of all that is meant, and of what is being computed of it, once it is there. None: it was no news."""
         if not self.invalidations.take(what):
-            return []
+            return None
         self.exact.invalidate(what)
         self.semantic.invalidate(what)
         return self.let_go()

@@ -44,7 +44,8 @@ class Background:
         """This hit is to be computed anew and compared."""
         cosine = trip.cosine_millionths or 0
         self._audited[trip.ask.rid] = entry
-        self._offer(now_ns, Job("audit", trip.ask, entry.key, entry.answer_id, entry.source, tier, cosine))
+        since = self._answers.invalidations.number
+        self._offer(now_ns, Job("audit", trip.ask, entry.key, entry.answer_id, entry.source, tier, cosine, since))
 
     def refresh(self, now_ns: int, trip: Trip) -> None:
         """What it got is past its time to live: to be renewed, once."""
@@ -64,22 +65,30 @@ class Background:
             return None
         if any(name != BACKGROUND for name in self._fleet.pressures.oldest_ns()):
             return None
-        job = self.jobs.take()
+        job = self.jobs.next()
         if job is None:
             return None
-        seat = self._fleet.take(now_ns, job.ask)
-        if seat is None:
+        if job.kind == "refresh" and self._is_renewed(now_ns, job):
+            self.jobs.take()
             self.jobs.end(job, done=False)
             return self._close(now_ns, job, None)
-        refresh = job.kind == "refresh"
+        seat = self._fleet.take(now_ns, job.ask)
+        if seat is None:
+            return None  # it waits until a replica is there
+        self.jobs.take()
         cls = self._config.classes[job.ask.traffic_class]
         flight = self._flights.lead(
-            job.ask, job.ask.exact_key if refresh else b"", cls.priority if refresh else PRIORITY["sheddable"], now_ns,
-            seat, self._answers.invalidations.number, self._answers.tags_of(job.ask), job=job,
+            job.ask, job.ask.exact_key if job.kind == "refresh" else b"", PRIORITY["sheddable"], now_ns, seat,
+            self._answers.invalidations.number, self._answers.tags_of(job.ask), job=job,
         )
         self._fleet.sent(flight, job.ask)
         self._outbox.append(flight.ticket(now_ns + cls.start_within_ns))
         return None
+
+    def _is_renewed(self, now_ns: int, job: Job) -> bool:
+        """By a client, or just being renewed by one, while the job waited."""
+        key = job.ask.exact_key
+        return self._answers.exact.is_fresh(now_ns, key) or self._flights.find(key, PRIORITY["sheddable"]) is not None
 
     def ended(self, now_ns: int, flight: Flight, ended: Ended) -> None:
         """A job's flight is over."""

@@ -118,6 +118,11 @@ class ExactCache:
         self._invalidations += len(gone)
         return len(gone)
 
+    def is_fresh(self, now_ns: int, key: bytes) -> bool:
+        """Whether an answer within its time to live is there; counts as no lookup."""
+        entry = self._entries.get(key)
+        return entry is not None and now_ns - entry.stored_ns <= self._ttl_ns
+
     def entries(self) -> list[Entry]:
         """All, least recently used first."""
         return list(self._entries.values())

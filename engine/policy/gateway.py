@@ -215,7 +215,7 @@ class Gateway:
         if ended.reason in GOOD and trip.key and ended.answer_id:
             self._outbox.extend(self.answers.keep(self._now_ns, flight, trip.has_vector, ended))
             for with_ in trip.compare:
-                self.answers.compare(ask, with_, ended)
+                self.answers.compare(flight, with_, ended)
             self.background.settle(self._now_ns)
         if question and not (self.answers.semantic.holds(*question) or self.flights.awaited(question)):
             self._outbox.append(DropVector(*question))
@@ -344,7 +344,10 @@ class Gateway:
 
     def _invalidate(self, what: Invalidate) -> None:
         """These answers serve nobody any more, nor does anybody new wait for those that are on their way."""
-        self._outbox.extend(self.answers.invalidate(what))
+        gone = self.answers.invalidate(what)
+        if gone is None:
+            return
+        self._outbox.extend(gone)
         for flight in self.flights.open():
             if not what.answer_id and meant(what, flight.ask.tenant, flight.tags):
                 self.flights.hide(flight)

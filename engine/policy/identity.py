@@ -31,7 +31,7 @@ class Identities:
 
     def place(self, placed: Placed) -> None:
         """An answer that is kept has been compared with the others."""
-        if self.kind == "meaning" and placed.answer_id not in self._groups:
+        if self.kind == "meaning" and placed.known and placed.answer_id not in self._groups:
             self._groups[placed.answer_id] = self._join(placed.near) or placed.answer_id
 
     def _join(self, near: tuple[Likeness, ...]) -> str:

@@ -34,7 +34,7 @@ class Invalidations:
 
     def take(self, what: Invalidate) -> bool:
         """False: this version of the tag, or a newer one, was known already."""
-        if what.tag and what.version:
+        if what.tag and what.version and not what.answer_id:  # one answer's end is not the tag's
             key = (what.tenant, what.tag)
             if what.version <= self._versions.get(key, 0):
                 return False

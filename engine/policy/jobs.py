@@ -28,6 +28,7 @@ class Job(Struct):
     source: str = ""
     tier: Tier = "semantic"
     cosine_millionths: int = 0
+    since: int = 0  # audit: what was called off before the hit has no bearing on it
 
 
 class JobStats(Struct):
@@ -65,19 +66,21 @@ class Jobs:
             self._refreshed[job.ask.exact_key] = None
         return self._drop(self._waiting.popleft()) if len(self._waiting) > WAITING else None
 
-    def take(self) -> Job | None:
-        """The next to run, if one may."""
-        if not self._waiting or self._open >= AT_ONCE:
-            return None
+    def next(self) -> Job | None:
+        """The one that may run now, if any."""
+        return self._waiting[0] if self._waiting and self._open < AT_ONCE else None
+
+    def take(self) -> None:
+        """What ``next`` gave runs."""
+        self._waiting.popleft()
         self._open += 1
-        return self._waiting.popleft()
 
     def end(self, job: Job, done: bool) -> None:
         """What ``take`` gave is over."""
         self._open -= 1
         if done:
             self._done += 1
-            self._refreshed.pop(job.ask.exact_key, None)
+            self._forget(job)
         else:
             self._drop(job)
 
@@ -89,8 +92,12 @@ class Jobs:
 
     def _drop(self, job: Job) -> Job:
         self._dropped += 1
-        self._refreshed.pop(job.ask.exact_key, None)
+        self._forget(job)
         return job
+
+    def _forget(self, job: Job) -> None:
+        if job.kind == "refresh":
+            self._refreshed.pop(job.ask.exact_key, None)
 
     def stats(self) -> JobStats:
         """A snapshot."""

@@ -108,9 +108,9 @@ class SemanticCache:
 
     def decide(
         self, now_ns: int, ask: Arrive, neighbours: Sequence[Neighbour], relaxed: bool,
-        flying: Callable[[Key], bool] = lambda key: False,
+        flying: Callable[[Key], TextMarks | None] = lambda key: None,
     ) -> Decision:
-        """What the rule makes of the nearest questions. ``flying``: is it being computed, and may be waited for?"""
+        """What the rule makes of the nearest questions. ``flying``: marks of one that may be waited for, or None."""
         near: list[Candidate] = []
         suspect: Comparison | None = None
         for neighbour in neighbours:  # nearest first
@@ -118,8 +118,8 @@ class SemanticCache:
             cosine = neighbour.cosine_millionths
             entry = self._entries.get(key)
             if entry is None or now_ns - entry.stored_ns > self._keep_ns:
-                if flying(key):
-                    near.append(Candidate(key, cosine, "", TextMarks()))
+                if (marks := flying(key)) is not None:
+                    near.append(Candidate(key, cosine, "", marks))
                 continue  # else it left while the question was under way
             if not self._trusted(entry, ask.asker):
                 if suspect is None and cosine >= self._near_enough:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.config import GatewayConfig
-from engine.events import Ended, FindSimilar, Similar, Tier
+from engine.events import Ended, FindSimilar, Similar, TextMarks, Tier
 from engine.policy.answers import Answers
 from engine.policy.background import Background
 from engine.policy.breaker import Breaker, Verdict, spread
@@ -74,11 +74,14 @@ class SimilarTier:
             self._background.audit(self._now(), trip, found.hit.entry, tier)
         return True
 
-    def _flying(self, trip: Trip) -> Callable[[Key], bool]:
-        """Which questions are being computed that it may wait for. An answer in quarantine serves nobody yet."""
-        if not self._config.coalesce or self._config.quarantine:
-            return lambda key: False
-        return lambda key: self._flights.asks(key, trip.cls.priority) is not None
+    def _flying(self, trip: Trip) -> Callable[[Key], TextMarks | None]:
+        """Marks of a question that is computed and that it may wait for. An answer in quarantine serves nobody yet."""
+
+        def marks(key: Key) -> TextMarks | None:
+            flight = self._flights.asks(key, trip.cls.priority)
+            return flight.ask.marks if flight is not None else None
+
+        return marks if self._config.coalesce and not self._config.quarantine else lambda key: None
 
     def rode(self, trip: Trip, flight: Flight, ended: Ended) -> None:
         """A similar question's answer served while it was made: by chance it is looked at like any hit."""

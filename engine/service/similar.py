@@ -66,7 +66,8 @@ class SimilarQuestions:
         if vector is not None and answer_id in self._answer_keys:
             near = self._answers.search(hard_key, vector, ANSWERS)
             self._answers.add(hard_key, answer_id.encode(), vector)
-        self._tell(Placed(hard_key, answer_id, tuple(Likeness(key.decode(), cosine) for key, cosine in near)))
+        likes = tuple(Likeness(key.decode(), cosine) for key, cosine in near)
+        self._tell(Placed(hard_key, answer_id, likes, vector is not None))
 
     def drop_answer(self, answer_id: str) -> None:
         """No other answer is compared with it any more; unknown ids are no-ops."""

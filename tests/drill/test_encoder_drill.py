@@ -193,7 +193,8 @@ def test_an_encoder_in_trouble_is_a_bounded_miss(tmp_path: Path, publish: Publis
     chat = ClassConfig(criticality="standard", slo_ttft_ms=60_000, max_tokens=4, caches="semantic")
     changes = {
         "classes": SCENARIO.classes | {"chat": chat},
-        "exact": ExactConfig(ttl_s=600), "semantic": SemanticConfig(deadline_ms=DEADLINE_MS, cosine=0.85, ttl_s=600),
+        "exact": ExactConfig(ttl_s=600),
+        "semantic": SemanticConfig(deadline_ms=DEADLINE_MS, cosine=0.85, ttl_s=600, vetoes=()),
         "encoder_breaker": msgspec.structs.replace(SCENARIO.encoder_breaker, open_max_ms=2_000),
     }
     with start(tmp_path, STEP_20_MS, pin_cores=True, **changes) as engine, player(engine.url, engine.keys) as play:

@@ -32,11 +32,15 @@ from engine.events import (
     Record,
     Reject,
     Release,
+    ReplicaBack,
+    ReplicaLost,
     Similar,
     StoreAnswer,
     StoreVector,
     Submit,
+    TextMarks,
     Waiting,
+    Wake,
 )
 from engine.policy.flights import BACKGROUND
 from engine.policy.gateway import Gateway
@@ -68,7 +72,7 @@ class World:
 
     def ask(
         self, text: str, near: float | None = None, of: str = "red", cls: str = "qa", tenant: str = "t",
-        asker: str = "", draw: int = NEVER, tags: tuple[str, ...] = (),
+        asker: str = "", draw: int = NEVER, tags: tuple[str, ...] = (), marks: TextMarks = TextMarks(),  # noqa: B008
     ) -> list[GatewayAction]:
         """With the cosine to another question that the index finds."""
         self.rid += 1
@@ -76,7 +80,7 @@ class World:
         out = self.tell(
             Arrive(
                 self.rid, f"r{self.rid}", tenant, cls, self.now_ns, 5, 4, key, b"h" + tenant.encode(), text.encode(),
-                draw=draw, asker=asker.encode(), tags=tags,
+                draw=draw, asker=asker.encode(), tags=tags, marks=marks,
             )
         )
         if not only(out, FindSimilar):
@@ -349,3 +353,87 @@ def test_quarantine_and_a_learning_rule_both_hear_of_a_miss() -> None:
     world.end(world.ask("red", asker="eve"), "a1")
     world.end(world.ask("crimson", near=0.9, asker="ann"), "a1")
     assert world.gateway.stats().semantic.quarantined == 1, "eve's is out, ann's is in"
+
+
+# ------------------------------------------------------------ what a review found
+
+
+def test_a_version_that_comes_again_hides_no_flight() -> None:
+    world = World()
+    world.tell(Invalidate(tag="catalogue", version=7))
+    world.ask("red")
+    world.tell(Invalidate(tag="catalogue", version=7))
+    assert only(world.ask("red"), Attach) and not only(world.ask("red"), Submit)
+
+
+def test_a_version_said_of_one_answer_is_not_the_tags() -> None:
+    world = World()
+    world.end(world.ask("red"), "a1")
+    world.tell(Invalidate(tag="catalogue", version=8, answer_id="a9"))
+    world.tell(Invalidate(tag="catalogue", version=8))
+    assert not only(world.ask("red"), Answer)
+
+
+def test_an_audit_across_a_new_price_says_nothing() -> None:
+    world = World(audit_share=1.0)
+    world.end(world.ask("red"), "a1")
+    out = world.ask("crimson", near=0.96)
+    world.tell(Invalidate(tag="catalogue"))
+    (row,) = records(world.end(out, "a2"))
+    assert row.done and row.right is None and world.gateway.stats().semantic.rule.lessons == 0
+
+
+def test_jobs_outlast_a_replica_that_is_away() -> None:
+    world = World(audit_share=1.0)
+    world.end(world.ask("red"), "a1")
+    world.tell(ReplicaLost(0))
+    world.ask("crimson", near=0.96)
+    for _ in range(3):
+        world.tell(Wake())
+    assert world.gateway.stats().jobs.waiting == 1
+    assert [submit.rid for submit in only(world.tell(ReplicaBack(0)), Submit)] == [1]
+
+
+def test_an_answer_without_a_vector_is_not_known_rather_than_wrong() -> None:
+    world = World(audit_share=1.0, identity="meaning")
+    world.end(world.ask("red"), "a1")
+    world.tell(Placed(b"ht", "a1", known=False))
+    out = world.end(world.ask("crimson", near=0.96), "a2")
+    rows = records(out) + records(world.tell(Placed(b"ht", "a2", (Likeness("b1", 100_000),))))
+    assert [row.right for row in rows] == [None]
+
+
+def test_a_comparison_waits_for_no_vector_that_was_never_asked_for() -> None:
+    world = World(audit_share=1.0, identity="meaning")
+    world.end(world.ask("blue"), "a2")
+    world.tell(Placed(b"ht", "a2"))
+    world.end(world.ask("red"), "a1")  # its vector is on its way
+    (row,) = records(world.end(world.ask("crimson", near=0.96), "a2"))
+    assert row.right is None
+
+
+def test_an_opposite_question_in_flight_is_vetoed_like_an_answered_one() -> None:
+    world = World(coalesce=True)
+    world.ask("on", marks=TextMarks(poles=(5,)))
+    assert only(world.ask("off", near=0.97, of="on", marks=TextMarks(poles=(-5,))), Submit)
+
+
+def test_what_was_dropped_while_it_was_computed_anew_can_be_found_again() -> None:
+    world = World(coalesce=True)
+    world.end(world.ask("red"), "a1")
+    world.now_ns = 20 * S_NS  # past its time to live, but held
+    led = world.ask("red")
+    assert DropVector(b"ht", b"red") in world.tell(Invalidate(answer_id="a1"))
+    assert StoreVector(b"ht", b"red") in world.end(led, "a2")
+
+
+def test_an_answer_that_a_client_renewed_is_not_renewed_again() -> None:
+    world = World(revalidate_s=5)
+    world.end(world.ask("red"), "a1")
+    world.now_ns = 12 * S_NS
+    world.tell(Pressure(0, 10**9, 3, (Waiting("qa", 1, world.now_ns),)))
+    assert only(world.ask("red"), Answer), "old; to be renewed when it is calm"
+    world.now_ns = 15 * S_NS + MS_NS
+    world.tell(Pressure(0, 10**9, 3))
+    world.gateway.check()
+    assert world.gateway.stats().jobs.open == 1
