@@ -89,7 +89,7 @@ def pooled(replay: Replay, make: Callable[[], Rule], at: float) -> Point:
 
 def fixed_curve(test: Replay) -> list[Point]:
     """Rule ``fixed`` at each cosine."""
-    return _curve(test, COSINES, lambda cosine: FixedRule(SemanticConfig(cosine=cosine)))
+    return _curve(test, COSINES, lambda cosine: FixedRule(SemanticConfig(cosine=cosine, vetoes=())))
 
 
 def calibrated_curve(test: Replay, weights: Weights) -> list[Point]:

@@ -7,27 +7,33 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
-from engine.cache_config import CalibratedConfig, SemanticConfig, Veto
+from engine.cache_config import AdaptiveConfig, CalibratedConfig, ConformalConfig, SemanticConfig, Veto
+from engine.policy.adaptive import AdaptiveRule
 from engine.policy.calibrated import CalibratedRule
+from engine.policy.conformal import ConformalRule
 from engine.policy.fixed import FixedRule
 from engine.policy.rules import Rule
 from sim.quality.certified import Split, orders
 from sim.quality.fill import Outcomes, Replay
 from sim.quality.questions import Questions
 from sim.quality.rates import Part, part
+from sim.quality.vcache import VCacheRule
 
 VETOES: tuple[Veto, ...] = ("numbers", "negation", "opposites")
 GPTCACHE_COSINE = 0.60  # its default of 0.8 on the scale 4 - squared distance, top-1, insert on a miss
-AUDITED = 0.02  # of the hits, for the rules that learn from audits
+WRONG_SHARE = 0.01  # that the rules which learn are told
 
 
 class Contestant(msgspec.Struct, frozen=True):
-    """``make``: a new rule. ``known``: whether it may see which entries have the same answer."""
+    """``make``: a new rule. ``known``: whether it may see which entries have the same answer. ``learns``: it compares
+    on nearly every miss, which costs nothing, and counts by itself what it computed by its coin only to compare.
+    ``store_right``: see ``Replay.fill``."""
 
     name: str
     make: Callable[[], Rule]
     known: bool = True
     learns: bool = False
+    store_right: bool = True
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -56,6 +62,10 @@ def contestants() -> list[Contestant]:
     shipped = CalibratedConfig()
     loose = CalibratedConfig(least=shipped.approximate_least, least_unknown=shipped.approximate_least_unknown)
 
+    learning = SemanticConfig(
+        vetoes=(), adaptive=AdaptiveConfig(wrong_share=WRONG_SHARE), conformal=ConformalConfig(wrong_share=WRONG_SHARE)
+    )
+
     def fixed(cosine: float, vetoes: tuple[Veto, ...] = ()) -> Callable[[], Rule]:
         return lambda: FixedRule(SemanticConfig(cosine=cosine, vetoes=vetoes))
 
@@ -75,6 +85,9 @@ def contestants() -> list[Contestant]:
         Contestant("calibrated, 0.25 %, answers unknown", calibrated(shipped), known=False),
         Contestant("calibrated, 0.25 %, answers unknown + vetoes", calibrated(shipped, VETOES), known=False),
         Contestant("calibrated, 1.0 %, answers unknown", calibrated(loose), known=False),
+        Contestant("adaptive, 1 %", lambda: AdaptiveRule(learning), learns=True),
+        Contestant("conformal, 1 %", lambda: ConformalRule(learning), learns=True),
+        Contestant("vCache, 1 %", lambda: VCacheRule(WRONG_SHARE), learns=True, store_right=False),
     ]
 
 
@@ -101,20 +114,20 @@ def rows(contestants: Sequence[Contestant], setting: Setting) -> list[Row]:
     replay = setting.replay
     for each in contestants:
         replay.show_answers(replay.questions.labels if each.known else [""] * len(replay.questions))
-        outcomes = [
-            replay.fill(
-                each.make(), order, setting.stored, setting.insert, AUDITED if each.learns else 0.0, seed=shuffle
+        outcomes, explored = [], 0
+        for shuffle, order in enumerate(setting.orders):
+            rule = each.make()
+            outcome = replay.fill(
+                rule, order, setting.stored, setting.insert, seed=shuffle, store_right=each.store_right
             )
-            for shuffle, order in enumerate(setting.orders)
-        ]
-        found.append(_row(setting.name, each.name, outcomes))
+            outcomes.append(outcome)
+            explored += rule.stats().explored if each.learns else int(outcome.explored.sum())
+        found.append(_row(setting.name, each.name, outcomes, explored))
     return found
 
 
-def _row(setting: str, rule: str, outcomes: Sequence[Outcomes]) -> Row:
+def _row(setting: str, rule: str, outcomes: Sequence[Outcomes], explored: int) -> Row:
     asked = sum(each.served.size for each in outcomes)
-    served, wrong, explored = (
-        sum(int(flags.sum()) for flags in column)
-        for column in zip(*((each.served, each.wrong, each.explored) for each in outcomes), strict=True)
-    )
+    served = sum(int(each.served.sum()) for each in outcomes)
+    wrong = sum(int(each.wrong.sum()) for each in outcomes)
     return Row(setting, rule, part(served, asked), part(wrong, asked), part(wrong, served), part(explored, asked))

@@ -62,8 +62,10 @@ class Replay:
     def fill(
         self, rule: Rule, order: Rows, stored: Rows = (), insert: bool = True,
         audit_share: float = 0.0, seed: int = 0, relaxed: bool = False, on_asked: OnAsked = lambda done, of: None,
+        store_right: bool = True,
     ) -> Outcomes:
-        """Ask the rows of ``order``. ``stored``: rows that are in the cache before. ``seed``: of audits and draws."""
+        """Ask the rows of ``order``. ``stored``: rows that are in the cache before. ``seed``: of audits and draws.
+        ``store_right``: False leaves out what was compared and found to be answered already, as vCache does."""
         present = Present(len(self.questions))
         for row in stored:
             present.insert(int(row))
@@ -83,12 +85,13 @@ class Replay:
                     chosen = near[said.serve]
                     rule.learn(Lesson(chosen.key, chosen.cosine_millionths, right, True, said.approximate))
             else:
+                right = False
                 if said.compare is not None:
                     explored[at] = True
                     chosen = near[said.compare]
                     right = self.label_of[rows[said.compare]] == self.label_of[row]
                     rule.learn(Lesson(chosen.key, chosen.cosine_millionths, right, False))
-                if insert:
+                if insert and (store_right or not right):
                     present.insert(row)
             if at % 500 == 0:
                 on_asked(at, len(order))

@@ -78,7 +78,7 @@ def fit_weights(found: np.ndarray, right: np.ndarray) -> Weights:
     return Weights(*(round(float(each), 4) for each in (bias, *slopes)))
 
 
-def rule_at(weights: Weights, least: float, config: SemanticConfig = SemanticConfig()) -> CalibratedRule:  # noqa: B008
+def rule_at(weights: Weights, least: float, config: SemanticConfig = SemanticConfig(vetoes=())) -> CalibratedRule:  # noqa: B008
     """The rule with these weights for both sorts of identity, at this threshold."""
     given = CalibratedConfig(
         known=weights, unknown=weights, least=least, least_unknown=least, approximate_least=least,

@@ -12,14 +12,19 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from sim.quality.certified import BOUNDS, Point
 from sim.quality.contest import Row
 
-DARK, ORANGE, GREEN, QUIET, RED = "#222222", "#E8710A", "#117733", "#666666", "#C81E1E"
-COLOURS = {"fixed": DARK, "calibrated": ORANGE}
+DARK, ORANGE, GREEN, BLUE, QUIET, RED = "#222222", "#E8710A", "#117733", "#1F5FBF", "#666666", "#C81E1E"
+COLOURS = {"fixed": DARK, "calibrated": ORANGE, "adaptive": BLUE, "conformal": BLUE}  # others': green
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": QUIET, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.6, "lines.linewidth": 1.4,
 }  # fmt: skip
 LEAST_PERCENT = 0.008  # nothing is plotted left of it
+LEFT = (
+    "calibrated, 0.25 %", "calibrated, 0.25 % + vetoes", "calibrated, 1.0 %", "adaptive, 1 %",
+    "GPTCache's default, cosine 0.60",
+)  # names on this side of their points
+LINE_PERCENT = 2.7  # of deflection: two names on one side are so far apart
 
 
 def pareto(rows: Sequence[Row], curves: Mapping[str, Sequence[Point]], finding: str) -> Figure:
@@ -35,6 +40,7 @@ def pareto(rows: Sequence[Row], curves: Mapping[str, Sequence[Point]], finding: 
             )  # fmt: skip
         for bound in BOUNDS:
             axis.axvline(100 * bound, color=RED, ls="--", lw=0.8, zorder=1)
+        free = {True: -LINE_PERCENT, False: -LINE_PERCENT}  # by side: above the last name
         for row in sorted(rows, key=lambda row: row.deflected.value):
             colour = COLOURS.get(row.rule.split()[0].strip(","), GREEN)
             x, y = 100 * max(row.wrong_of_all.value, LEAST_PERCENT / 100), 100 * row.deflected.value
@@ -43,11 +49,11 @@ def pareto(rows: Sequence[Row], curves: Mapping[str, Sequence[Point]], finding: 
             axis.errorbar(
                 x, y, xerr=spread, fmt="o", ms=4.5, color=colour, lw=1, mfc=colour if filled else "white", zorder=3
             )
-            left = filled and colour != DARK  # of its own interval: the thresholds of ``fixed`` lie to the right
-            end = x - spread[0][0] if left else x + spread[1][0]
+            left = row.rule in LEFT
+            free[left] = max(y, free[left] + LINE_PERCENT)
             axis.annotate(
-                row.rule, (end, y), xytext=(-4 if left else 4, 1 if filled and "vetoes" not in row.rule else -9),
-                textcoords="offset points", ha="right" if left else "left", fontsize=7, color=colour,
+                row.rule, (x - spread[0][0] if left else x + spread[1][0], free[left]), xytext=(-4 if left else 4, 0),
+                textcoords="offset points", ha="right" if left else "left", va="center", fontsize=7, color=colour,
             )  # fmt: skip
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
