@@ -1,6 +1,6 @@
 """What a gateway computes for nobody: a hit once more, to see whether it was right; an answer, before it is too old.
 
-Jobs wait until it is calm, a few run at once, and the oldest is let go when there are too many: a sale must not pay for
+Jobs wait until it is calm, one runs at once, and the oldest is let go when there are too many: a sale must not pay for
 them. Which hits are audited is drawn when they are served, so waiting does not choose among them; what is dropped is
 counted.
 """
@@ -15,7 +15,7 @@ from engine.policy.rules import Key
 from engine.values import Struct
 
 WAITING = 256  # jobs that wait for a calm moment
-AT_ONCE = 1  # a second one would slow down the first request that comes
+AT_ONCE = 1  # a second one would hold up the next request that comes
 
 
 class Job(Struct):

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from scipy import stats
 
 from engine.cache_config import SemanticConfig, Veto
 from engine.errors import UserError
 from engine.policy.fixed import FixedRule
+from sim.quality.rates import part
 from sim.quality.traps import Lookup, banking77, catalogue_names, corpus, is_seen
 
 COSINES = (0.95, 0.90, 0.85)
@@ -52,8 +52,8 @@ def share(count: int, total: int) -> str:
     """In percent, with its interval."""
     if not total:
         return "none"
-    interval = stats.binomtest(count, total).proportion_ci(0.95, "exact")
-    return f"{count:5d} = {100 * count / total:4.1f} [{100 * interval.low:4.1f}, {100 * interval.high:4.1f}] %"
+    found = part(count, total)
+    return f"{count:5d} = {100 * found.value:4.1f} [{100 * found.low:4.1f}, {100 * found.high:4.1f}] %"
 
 
 def trap_table(traps: Sequence[Lookup]) -> list[str]:

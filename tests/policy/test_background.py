@@ -434,6 +434,8 @@ def test_an_answer_that_a_client_renewed_is_not_renewed_again() -> None:
     world.tell(Pressure(0, 10**9, 3, (Waiting("qa", 1, world.now_ns),)))
     assert only(world.ask("red"), Answer), "old; to be renewed when it is calm"
     world.now_ns = 15 * S_NS + MS_NS
-    world.tell(Pressure(0, 10**9, 3))
-    world.gateway.check()
-    assert world.gateway.stats().jobs.open == 1
+    world.tell(Pressure(0, 10**9, 3, (Waiting("qa", 1, world.now_ns),)))
+    world.end(world.ask("red"), "a2")
+    assert world.gateway.stats().jobs.waiting == 1
+    assert not only(world.tell(Pressure(0, 10**9, 3)), Submit)
+    assert world.gateway.stats().jobs.dropped == 1
