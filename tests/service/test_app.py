@@ -20,7 +20,7 @@ from engine.config import IngressConfig
 from engine.errors import RequestError
 from engine.events import Arrive, Ended
 from engine.ledger.journal import open_journal
-from engine.service.app import LINGER_BYTES, Exchange
+from engine.service.exchange import LINGER_BYTES, Exchange
 from engine.service.facts import FactMaker
 from sim.twin.replay import replay
 from tests.service.conftest import Starter
