@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from engine.cache_config import ExactConfig, SemanticConfig
+from engine.cache_config import ExactConfig, SemanticConfig, SnapshotConfig
 from engine.events import PRIORITY, Criticality
+from engine.ingress_config import IngressConfig
 from engine.stepcost import StepCost
 from engine.units import ms_to_ns, s_to_ns
+from engine.upstream_config import UpstreamConfig
 from engine.values import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share, Speed
 
 
@@ -33,6 +35,7 @@ class ClassConfig(Section):
     caches: Literal["none", "exact", "semantic"] = "exact"  # semantic: exact first, then similar questions
     depends_on: tuple[str, ...] = ("catalogue",)  # tags of its answers: what empties them, see `/admin/cache`
     fallback: str = ""  # file below data/corpora with the answer of last resort; "" = an explicit 503
+    cap_rps: NonNegativeFloat = 0.0  # hard cap on the whole class; 0 = none. A critical class with one obeys no other
 
     @property
     def priority(self) -> int:
@@ -53,6 +56,12 @@ class LimiterConfig(Section):
     burst: PositiveFloat = 1000.0  # requests
     tokens_per_s: NonNegativeFloat = 0.0  # model tokens, prompt and answer; 0 = unlimited
     token_burst_s: PositiveFloat = 10.0  # the model-token bucket holds so many seconds of its rate
+    total_rps: NonNegativeFloat = 0.0  # of all tenants together; 0 = unlimited: what is too much is overload's to say
+    total_burst_s: PositiveFloat = 1.0
+    user_rps: NonNegativeFloat = 0.0  # of each user whom a tenant names; 0 = unlimited
+    user_burst_s: PositiveFloat = 10.0  # people click in bursts
+    user_tokens_per_s: NonNegativeFloat = 0.0  # model tokens of each user; 0 = unlimited
+    users_most: Positive = 1_000_000  # debtors that are remembered (0.2 KB each); more are limited as their tenant only
 
 
 class TenantConfig(Section):
@@ -95,6 +104,7 @@ class RouterConfig(Section):
     imbalance_tokens: NonNegative = 512  # a replica this far behind the least busy is not chosen for what it has cached
     answer_weight: NonNegative = 3  # prompt tokens that take as long as one answer token; SmolLM2 on a CPU: 2.6
     remembered_blocks: Positive = 8192  # of each replica; more than it can hold. Without events only
+    stale_ms: NonNegative = 1000  # work and no sign of progress for so long: the better of two by lot; 0 = never
     kv_events: bool = True  # replicas say what their caches hold; with one replica nobody asks and nothing is said
 
 
@@ -106,11 +116,15 @@ class OverloadConfig(Section):
     """
 
     enabled: bool = True
-    brownout_share: PositiveFloat = 0.2  # level 1: a few steps of waiting, more than batching itself causes
-    degraded_share: PositiveFloat = 0.4  # level 2
-    shed_share: PositiveFloat = 0.5  # level 3: leaves the other half of the SLO for prefill and the step in flight
+    brownout_share: PositiveFloat = 0.25  # level 1: a few steps of waiting, more than batching itself causes
+    degraded_share: PositiveFloat = 0.3  # sheddable work that waited so long: less of it is let in
+    shed_share: PositiveFloat = 0.4  # standard work: what was let in until then still comes before the SLO
     window_ms: Positive = 250  # DESIGN of Breakwater and DAGOR: evaluate several times a second
-    quiet_windows: Positive = 3  # down one level after so many calm windows
+    quiet_windows: Positive = 10  # the level falls after so many calm windows: it must not flicker
+    graded: bool = True  # a share of the work is let in, not all or nothing; False: level 2 and 3 keep all of it out
+    cut_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.06  # of the share that is let in, at each cut
+    grow_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.02  # of it, in each calm window; doubling while idle
+    emergency_share: Share = 0.05  # level 4: hardly more than critical work is let in
     forecast: bool = True  # replicas say their pace and what is ahead: times to first token are predicted
     predictive: bool = False  # what is predicted too late is refused at once, not when its time is up; never critical
     predicted_signal: bool = False  # a class that waits counts as old as its next one is predicted to become
@@ -120,6 +134,14 @@ class OverloadConfig(Section):
     def window_ns(self) -> int:
         """Length of a window."""
         return ms_to_ns(self.window_ms)
+
+
+class RetryConfig(Section):
+    """What clients are told about coming back, and how many may come back."""
+
+    jitter_share: Share = 0.2  # Retry-After is longer by up to this share, by lot, so that not all come back at once
+    budget_share: Share = 0.1  # under overload: second tries for each first one (the Site Reliability Workbook's 10 %)
+    budget_most: Positive = 20  # that are saved up
 
 
 class FairnessConfig(Section):
@@ -181,14 +203,6 @@ class ModelConfig(Section):
     seed: int = 0  # weights of `tiny`
 
 
-class IngressConfig(Section):
-    """What the ingress takes in before it says no."""
-
-    max_body_bytes: Positive = 64 * 1024  # tokenising it takes some 20 ms of the ingress; a context is far smaller
-    max_in_flight: Positive = 10_000
-    receipt_ms: Positive = 10_000  # for the whole body to come in; a phone on a bad line takes a second for a context
-
-
 class ProfileConfig(Section):
     """The shape of the sale in time."""
 
@@ -222,7 +236,7 @@ class Scenario(Section):
 
     name: str
     seed: int = 1
-    replicas: Positive = 1
+    replicas: Positive = 1  # with upstreams: as many as there are of these
     replica_restarts: NonNegative = 5  # of a replica that died, within a minute; then it is given up
     replica_hang_s: NonNegativeFloat = 0.0  # work and no word for so long: killed; 0 = 40 x max_step_ms
     classes: dict[str, ClassConfig] = msgspec.field(default_factory=dict)
@@ -232,13 +246,16 @@ class Scenario(Section):
     limiter: LimiterConfig = LimiterConfig()
     exact: ExactConfig = ExactConfig()
     semantic: SemanticConfig = SemanticConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     breaker: BreakerConfig = BreakerConfig()
     encoder_breaker: BreakerConfig = ENCODER_BREAKER
     router: RouterConfig = RouterConfig()
     overload: OverloadConfig = OverloadConfig()
+    retry: RetryConfig = RetryConfig()
     fairness: FairnessConfig = FairnessConfig()
     batcher: BatcherConfig = BatcherConfig()
     prefix: PrefixConfig = PrefixConfig()
+    upstreams: dict[str, UpstreamConfig] = msgspec.field(default_factory=dict)  # who answers instead of replicas
 
 
 class GatewayConfig(Section):
@@ -253,6 +270,7 @@ class GatewayConfig(Section):
     encoder_breaker: BreakerConfig = ENCODER_BREAKER
     router: RouterConfig = RouterConfig()
     overload: OverloadConfig = OverloadConfig()
+    retry: RetryConfig = RetryConfig()
     replicas: Positive = 1
     block_tokens: Positive = 16  # of the replicas' prefix caches
     index: int = 0  # of this gateway: its submission ids start at index << 40
@@ -276,12 +294,25 @@ class ReplicaConfig(Section):
         return s_to_ns(self.prefix.pin_ttl_s)
 
 
+class LaneConfig(Section):
+    """All that a Lane machine is made from; written into its journal's header."""
+
+    window: Positive = 8
+    reserved: NonNegative = 1
+    fairness: FairnessConfig = FairnessConfig()
+    weights: dict[str, PositiveFloat] = msgspec.field(default_factory=dict)  # by tenant; who is not named has 1
+    index: int = 0
+
+
 def gateway_config(scenario: Scenario, tenants: dict[str, TenantConfig], index: int = 0) -> GatewayConfig:
     """The gateway's part of a scenario."""
+    router = scenario.router
+    if scenario.upstreams:  # they do not say what they have cached: it is guessed from what was sent
+        router = msgspec.structs.replace(router, kv_events=False)
     return GatewayConfig(
         classes=scenario.classes, tenants=tenants, limiter=scenario.limiter, exact=scenario.exact,
         semantic=scenario.semantic, breaker=scenario.breaker, encoder_breaker=scenario.encoder_breaker,
-        router=scenario.router, overload=scenario.overload, replicas=scenario.replicas,
+        router=router, overload=scenario.overload, retry=scenario.retry, replicas=scenario.replicas,
         block_tokens=scenario.prefix.block_tokens, index=index,
     )
 
@@ -294,4 +325,13 @@ def replica_config(
         batcher=scenario.batcher, prefix=scenario.prefix, fairness=scenario.fairness,
         weights={name: tenant.weight for name, tenant in (tenants or {}).items()}, cost=cost, index=index,
         kv_events=scenario.router.kv_events and scenario.replicas > 1, forecast=scenario.overload.forecast,
+    )
+
+
+def lane_config(scenario: Scenario, tenants: dict[str, TenantConfig], index: int) -> LaneConfig:
+    """The part of the lane before the upstream of this number."""
+    upstream = list(scenario.upstreams.values())[index]
+    return LaneConfig(
+        window=upstream.window, reserved=upstream.reserved, fairness=scenario.fairness,
+        weights={name: tenant.weight for name, tenant in tenants.items()}, index=index,
     )

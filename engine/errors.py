@@ -20,13 +20,18 @@ STATUS_OF_CODE: dict[str, int] = {
     "not_found": 404,
     "method_not_allowed": 405,
     "body_too_slow": 408,
+    "headers_too_slow": 408,
     "body_too_large": 413,
+    "uri_too_long": 414,
+    "unsupported_encoding": 415,
     "rate_limited": 429,  # the tenant's own limit
+    "headers_too_large": 431,
     "internal_error": 500,
     "model_failed": 500,
     "overloaded": 503,  # the system's limit
     "breaker_open": 503,
     "replica_lost": 503,  # its process died, and none has taken its place yet
+    "upstream_busy": 503,  # every server that was asked takes no more at the moment
     "draining": 503,
     "deadline_exceeded": 504,
 }

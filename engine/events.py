@@ -11,6 +11,23 @@ from __future__ import annotations
 
 from typing import Literal
 
+from engine.hardware import Chunk as Chunk
+from engine.hardware import EndReason as EndReason
+from engine.hardware import Filled as Filled
+from engine.hardware import Grow as Grow
+from engine.hardware import Plan as Plan
+from engine.hardware import RunStep as RunStep
+from engine.hardware import SeqEnd as SeqEnd
+from engine.hardware import SeqStart as SeqStart
+from engine.hardware import StepDone as StepDone
+from engine.hardware import StepFailed as StepFailed
+from engine.hardware import StepShape as StepShape
+from engine.kept import Entry as Entry
+from engine.kept import KeptQuestion as KeptQuestion
+from engine.kept import Remember as Remember
+from engine.kept import SemanticEntry as SemanticEntry
+from engine.kept import TagVersion as TagVersion
+from engine.kept import TextMarks as TextMarks
 from engine.records import BackgroundRecord as BackgroundRecord
 from engine.records import BreakerRecord as BreakerRecord
 from engine.records import LedgerRecord as LedgerRecord
@@ -22,21 +39,10 @@ from engine.values import Struct
 
 Criticality = Literal["critical", "standard", "sheddable"]
 PRIORITY: dict[str, int] = {"critical": 0, "standard": 1, "sheddable": 2}
-
-EndReason = Literal["stop", "length", "aborted", "deadline", "failed", "draining", "lost"]
+SID_BITS = 40  # a submission's id: its gateway's index, then so many bits that count its submissions
 
 
 # ---------------------------------------------------------------- requests, as a gateway learns of them
-
-
-class TextMarks(Struct):
-    """What a question says that its vector hardly shows. Words are 4-byte digests, sorted, one after the other."""
-
-    words: bytes = b""  # that carry meaning
-    numbers: bytes = b""  # by value: numbers, dates, sizes
-    names: bytes = b""  # of things: a product, a code, a brand
-    negations: int = 0  # how many
-    poles: tuple[int, ...] = ()  # of pairs of opposites: one side positive, the other negative
 
 
 class Arrive(Struct):
@@ -58,6 +64,7 @@ class Arrive(Struct):
     draw: int = 0  # a number that nobody can foresee, uniform in [0, 2**62): for what is left to chance
     asker: bytes = b""  # digest of the user whom the tenant names; b"" = nobody is named
     tags: tuple[str, ...] = ()  # what an answer depends on, beside what its class says: Invalidate names them
+    attempt: int = 0  # 0 = a first try, by the client's own word
 
 
 class Cancel(Struct):
@@ -184,6 +191,8 @@ class Pressure(Struct):
     free_blocks: int = 0  # free or evictable
     backlog_tokens: tuple[int, ...] = ()  # by priority: prompt tokens to compute, as far as they are not cached
     prefill_tps: int = 0  # prompt tokens a second when it has more than it can do; 0 = not known yet
+    closed_until_ns: int = 0  # an upstream that has said no: nothing is sent there before
+    acked_sids: tuple[int, ...] = ()  # where several gateways submit: the highest of each one; else ()
 
 
 class KvEvents(Struct):
@@ -205,95 +214,6 @@ class ReplicaBack(Struct):
     """It has been started anew, empty."""
 
     replica: int
-
-
-# ---------------------------------------------------------------- the replica and its hardware
-
-
-class SeqStart(Struct):
-    """A sequence (re-)enters: its first ``computed`` tokens are already in the KV of ``blocks``."""
-
-    sid: int
-    computed: int
-    blocks: tuple[int, ...]  # block table, in order; long enough for this step's tokens
-
-
-class Grow(Struct):
-    """Blocks appended to a running sequence's table."""
-
-    sid: int
-    blocks: tuple[int, ...]
-
-
-class Chunk(Struct):
-    """Compute the next ``tokens`` known tokens of ``sid``; reaching the last one yields a new token."""
-
-    sid: int
-    tokens: int
-
-
-class StepShape(Struct):
-    """What a step costs by: the features of ``sim/twin/cost.py``. For the first of ``at_most`` steps."""
-
-    prefill_tokens: int = 0
-    prefill_rows: int = 0
-    decode_rows: int = 0
-    decode_kv_tokens: int = 0  # sum over decode rows of the context each attends to, own token included
-    attention_area: int = 0  # sum over chunks of chunk * (context before + chunk / 2), in half units: doubled
-
-
-class RunStep(Struct):
-    """One step, told as the difference to the last.
-
-    A sequence joins the decode rows by itself in the step after the chunk that reached its last known token, and
-    leaves them when it is stopped or has ended; one still short of its chunks and without one this time waits.
-    With ``at_most > 1`` (pure decode) the driver may run up to that many equal steps, ending early when a sequence
-    ends or a message waits.
-    """
-
-    step: int
-    shape: StepShape
-    start: tuple[SeqStart, ...] = ()
-    grow: tuple[Grow, ...] = ()
-    stop: tuple[int, ...] = ()  # preempted or aborted since the last plan; its blocks are no longer its own
-    chunks: tuple[Chunk, ...] = ()
-    at_most: int = 1
-
-
-class SeqEnd(Struct):
-    """A sequence that the runner saw end: "stop" (an end token) or "length" (``max_tokens`` reached), or "failed"."""
-
-    sid: int
-    reason: EndReason
-
-
-class Filled(Struct):
-    """A KV block that now holds generated tokens only known to the runner: index in the table, and its chained hash."""
-
-    sid: int
-    index: int
-    digest: bytes
-
-
-class StepDone(Struct):
-    """``steps`` steps were run."""
-
-    steps: int = 1
-    first: tuple[int, ...] = ()  # sequences that produced their first token, in batch order
-    ended: tuple[SeqEnd, ...] = ()
-    filled: tuple[Filled, ...] = ()
-    forward_ns: int = 0  # in the model, launch and device; over all steps; 0 where nothing was timed
-    sample_ns: int = 0  # from logits to tokens
-
-
-class StepFailed(Struct):
-    """The step raised: nothing that it was to write may be trusted."""
-
-    why: str
-
-
-class Plan(Struct):
-    """The hardware is free: what runs next?"""
 
 
 # ---------------------------------------------------------------- what else a gateway asks for
@@ -392,7 +312,9 @@ class Record(Struct):
 
 
 ReplicaWord = FirstToken | Ended | Pressure | KvEvents
-GatewayEvent = Arrive | Similar | Placed | Invalidate | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
+GatewayEvent = (
+    Arrive | Similar | Placed | Invalidate | Remember | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
+)
 Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector | PlaceAnswer
 GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Hold | Release | Upkeep | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake

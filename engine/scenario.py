@@ -17,6 +17,7 @@ import msgspec
 
 from engine.config import Scenario
 from engine.errors import ScenarioError
+from engine.upstream_config import URL
 from engine.values import Section
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -71,6 +72,8 @@ def load(name: str, sets: tuple[str, ...] = ()) -> Resolved:
         scenario = msgspec.convert(tree, Scenario, strict=False)
     except msgspec.ValidationError as error:
         raise _explained(tree, origins, path, text, str(error)) from None
+    if scenario.upstreams:
+        scenario = msgspec.structs.replace(scenario, replicas=len(scenario.upstreams))
     _check_sense(scenario, path)
     return Resolved(scenario, origins, str(path), text)
 
@@ -195,6 +198,11 @@ def _check_sense(scenario: Scenario, path: Path) -> None:
             if file and not data_path("corpora", file).is_file():
                 no(f"classes.{name}: no file {file!r} below data/corpora")
     b, o, p = scenario.batcher, scenario.overload, scenario.prefix
+    for name, up in scenario.upstreams.items():
+        if not URL.fullmatch(up.url):
+            no(f"upstreams.{name}.url: {up.url!r} is no URL", "write http://HOST:PORT, with or without /v1")
+        if up.reserved >= up.window:
+            no(f"upstreams.{name}: reserved ({up.reserved}) leaves none of the {up.window} places for other classes")
     if b.reserved_slots >= b.slots:
         no(f"batcher.reserved_slots ({b.reserved_slots}) leaves none of the {b.slots} slots for other classes")
     if b.slots >= b.step_tokens:

@@ -116,6 +116,10 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
     keys: Annotated[Path | None, typer.Option(help="key file; without it one key is made and printed")] = None,
     folder: Annotated[Path | None, typer.Option(help="run folder; a new one below runs/ by default")] = None,
+    upstream: Annotated[
+        list[str] | None, typer.Option(help="URL of another OpenAI-compatible server, instead of replicas; repeatable")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="ingress processes over the same replicas")] = 1,
     sets: Sets = None,
     json: Json = False,
 ) -> None:
@@ -124,7 +128,8 @@ def serve(
 
     more = [f'model.name="{model}"'] if model else []
     more += [f'model.device="{device}"'] if device else []
-    serve_until_stopped(scenario, _sets(sets, *more), host, port, keys, folder, json, say, emit)
+    more += [f'upstreams.cli-{n}.url="{url}"' for n, url in enumerate(upstream or (), 1)]
+    serve_until_stopped(scenario, _sets(sets, *more), host, port, keys, folder, workers, json, say, emit)
 
 
 @app.command(short_help="Open-loop load on a running engine.")
@@ -313,6 +318,7 @@ def keys_new(
     name: Annotated[str, typer.Argument(help="the tenant")],
     classes: Annotated[list[str] | None, typer.Option("--class", help="a traffic class; all by default")] = None,
     scenario: Annotated[str, typer.Option(help="whose classes --class may name")] = "flash-sale",
+    admin: Annotated[bool, typer.Option("--admin", help="may look into all caches and flush them (/admin)")] = False,
 ) -> None:
     """Print a key once, and the stanza for the key file."""
     known = list(_load(scenario, None).scenario.classes) if classes else []
@@ -323,7 +329,7 @@ def keys_new(
             raise UserError(f"no traffic class {wanted!r}", scenario, f"the scenario has: {', '.join(known)}", fix)
     from engine.service.auth import new_key
 
-    key, stanza = new_key(name, classes or ())
+    key, stanza = new_key(name, classes or (), admin)
     say(f"the key, shown this once: {key}\nadd to your key file:")
     out.print(stanza, markup=False, end="")
 

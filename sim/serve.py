@@ -8,17 +8,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import uvloop
 
 from engine.config import Scenario
 from engine.errors import CalibrationError, UserError
 from engine.scenario import Resolved, load
 from engine.service.auth import KeyRing
+from engine.service.connections import allow_many_files
+from engine.service.loop import run
 from engine.service.server import RunningEngine, ServeOptions, running
+from engine.service.supervisor import Supervisor, supervising
 from engine.stepcost import StepCost
 from sim import runs
 from sim.twin import cost
@@ -27,11 +30,18 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PARENT = "DOORBUSTER_PARENT"  # environment: drain and stop when the process with this id is no longer the parent
 OURS = ("journal", "ledger")  # what the engine writes below a run folder
 
-End = Literal["never ready", "stopped", "lost"]
+End = Literal["never ready", "stopped", "no replica", "no ingress process"]
+
+
+class WorkerLine(msgspec.Struct, frozen=True):
+    """An ingress process, and where it alone answers."""
+
+    pid: int
+    url: str
 
 
 class ReadyLine(msgspec.Struct, frozen=True):
-    """The first line on stdout with ``--json``."""
+    """The first line on stdout with ``--json``. ``workers``: with more than one; ``pid`` is their supervisor's then."""
 
     url: str
     api_key: str | None
@@ -39,11 +49,12 @@ class ReadyLine(msgspec.Struct, frozen=True):
     epoch_ns: int
     folder: str
     event: str = "ready"
+    workers: tuple[WorkerLine, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 def serve_until_stopped(
-    scenario: str, sets: tuple[str, ...], host: str, port: int, keys: Path | None, folder: Path | None, json: bool,
-    say: Callable[[str], None], emit: Callable[[Any], None],
+    scenario: str, sets: tuple[str, ...], host: str, port: int, keys: Path | None, folder: Path | None,
+    workers: int, json: bool, say: Callable[[str], None], emit: Callable[[Any], None],
 ) -> None:
     """Blocks until SIGINT or SIGTERM; a second one ends it at once. Raises when no replica is left."""
     resolved = load(scenario, sets)
@@ -55,16 +66,17 @@ def serve_until_stopped(
     )
     say(f"starting {resolved.scenario.model.name}; journal and ledger in {folder}")
     end: End | None = None
+    allow_many_files()
     try:
-        end = uvloop.run(_serve(resolved, ring, key, options, json, say))
+        end = run(_serve(resolved, ring, key, options, workers, json, say))
     finally:
         if end in (None, "never ready"):
             _clear(folder, whole=given is None)
     if end == "never ready":
         sys.exit(130)
-    if end == "lost":
+    if end in ("no replica", "no ingress process"):
         raise UserError(
-            "no replica is left",
+            f"{end} is left",
             why=f"each died more than {resolved.scenario.replica_restarts} times within a minute; what they were "
             "working on was answered with an error, the rest is drained",
             fix="their last words are above; under a supervisor, restart on exit code 1",
@@ -72,19 +84,20 @@ def serve_until_stopped(
 
 
 async def _serve(
-    resolved: Resolved, ring: KeyRing, key: str | None, options: ServeOptions, json: bool, say: Callable[[str], None]
+    resolved: Resolved, ring: KeyRing, key: str | None, options: ServeOptions, workers: int, json: bool,
+    say: Callable[[str], None],
 ) -> End:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     starting = asyncio.current_task()
-    engine: RunningEngine | None = None
+    engine: RunningEngine | Supervisor | None = None
 
     def on_signal() -> None:
         if stop.is_set():
             try:
                 say("second signal: leaving at once")
                 sys.stdout.flush()
-                if engine is not None:
+                if isinstance(engine, RunningEngine):
                     engine.flush()
             finally:
                 os._exit(130)
@@ -95,22 +108,42 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
-        async with running(resolved.scenario, ring, options) as engine:
-            ready = ReadyLine(engine.url, key, os.getpid(), engine.epoch_ns, str(options.folder))
+        async with _started(resolved.scenario, ring, options, workers) as engine:
+            folder = str(options.folder)
+            ready = ReadyLine(engine.url, key, os.getpid(), engine.epoch_ns, folder, workers=_workers(engine))
             if json:
                 sys.stdout.buffer.write(msgspec.json.encode(ready) + b"\n")
                 sys.stdout.buffer.flush()
             else:
-                say(_welcome(engine.url, key, resolved))
+                say(_welcome(engine.url, key, resolved, workers))
+            if path := resolved.scenario.snapshot.path:
+                warm = engine.warm_answers
+                count = f"{warm} answer{'s' * (warm != 1)}"
+                say(f"started warm: {count} from {path}" if warm else f"started cold: no answers from {path}")
             await _first(stop.wait(), engine.lost.wait(), _left_alone())
             say("draining: no new work, finishing what runs")
             await engine.drain()
-            return "lost" if engine.lost.is_set() else "stopped"
+            if not engine.lost.is_set():
+                return "stopped"
+            return engine.left if isinstance(engine, Supervisor) else "no replica"
     except asyncio.CancelledError:
         if engine is not None:
             raise
         say("stopped before it was ready")
         return "never ready"
+
+
+def _started(
+    scenario: Scenario, ring: KeyRing, options: ServeOptions, workers: int
+) -> AbstractAsyncContextManager[RunningEngine | Supervisor]:
+    """One ingress process is this one."""
+    return running(scenario, ring, options) if workers == 1 else supervising(scenario, ring, options, workers)
+
+
+def _workers(engine: RunningEngine | Supervisor) -> tuple[WorkerLine, ...] | msgspec.UnsetType:
+    if isinstance(engine, RunningEngine):
+        return msgspec.UNSET
+    return tuple(WorkerLine(worker.pid, worker.url) for worker in engine.workers)
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:
@@ -151,11 +184,12 @@ def _clear(folder: Path, whole: bool) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _welcome(url: str, key: str | None, resolved: Resolved) -> str:
+def _welcome(url: str, key: str | None, resolved: Resolved, workers: int) -> str:
     shown = key or "$KEY"
     return "\n".join(
         [
-            f"ready at {url}  (model {resolved.scenario.model.name}; classes {', '.join(resolved.scenario.classes)})",
+            f"ready at {url}  (model {resolved.scenario.model.name}; classes {', '.join(resolved.scenario.classes)}"
+            + (f"; {workers} ingress processes)" if workers > 1 else ")"),
             *([f"API key, shown this once: {key}"] if key else []),
             "try:",
             f"  curl -s {url}/v1/chat/completions -H 'authorization: Bearer {shown}' \\",

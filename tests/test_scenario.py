@@ -115,3 +115,28 @@ def test_a_misspelt_scenario_names_the_nearest() -> None:
     with pytest.raises(ScenarioError) as caught:
         find("flash-sail")
     assert "did you mean flash-sale?" in caught.value.fix
+
+
+def test_upstreams_are_the_replicas(tmp_path: Path) -> None:
+    two = '[upstreams.one]\nurl = "http://a:1/v1"\nwindow = 4\n[upstreams.two]\nurl = "https://b"\n'
+    found = load(write(tmp_path, MINIMAL + two), ('upstreams.cli-1.url="http://c:3"',))
+    assert [*found.scenario.upstreams] == ["one", "two", "cli-1"]
+    assert found.scenario.replicas == 3
+    assert found.origins["upstreams.one.window"] == "file"
+    assert load(write(tmp_path, MINIMAL)).scenario.replicas == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "what"),
+    [
+        ('upstreams.one.url="a:1"', "upstreams.one.url: 'a:1' is no URL"),
+        ('upstreams.one.url="http://"', "upstreams.one.url: 'http://' is no URL"),
+        ("upstreams.one.window=2", "upstreams.one: Object missing required field `url`"),
+        ('upstreams.one={url="http://a",window=2,reserved=2}', "reserved (2) leaves none of the 2 places"),
+        ('upstreams.one={url="http://a",windw=2}', "upstreams.one.windw is not a known key"),
+    ],
+)
+def test_upstreams_that_cannot_be(tmp_path: Path, item: str, what: str) -> None:
+    with pytest.raises(ScenarioError) as told:
+        load(write(tmp_path, MINIMAL), (item,))
+    assert what in told.value.what

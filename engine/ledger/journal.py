@@ -14,20 +14,24 @@ from typing import IO, Literal
 
 import msgspec
 
-from engine.config import GatewayConfig, ReplicaConfig
+from engine.config import GatewayConfig, LaneConfig, ReplicaConfig
 from engine.errors import JournalError
 from engine.events import GatewayAction, GatewayEvent, ReplicaAction, ReplicaEvent
+from engine.lane_events import LaneAction, LaneEvent
 from engine.units import MS_NS
 
 VERSION = 1
 FLUSH_BYTES = 1 << 16
 FLUSH_NS = 200 * MS_NS  # a killed process loses no more than this
 
+Kind = Literal["gateway", "replica", "lane"]
+Config = GatewayConfig | ReplicaConfig | LaneConfig
+
 
 class Header(msgspec.Struct, frozen=True):
     """First line."""
 
-    kind: Literal["gateway", "replica"]
+    kind: Kind
     config: msgspec.Raw
     hash_key: bytes = b""
     version: int = VERSION
@@ -53,15 +57,27 @@ class ReplicaEntry(msgspec.Struct, frozen=True, array_like=True):
     actions: list[ReplicaAction]
 
 
+class LaneEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What a lane was told at ``at_ns``, and what it did."""
+
+    serial: int
+    at_ns: int
+    event: LaneEvent
+    actions: list[LaneAction]
+
+
+Entry = GatewayEntry | ReplicaEntry | LaneEntry
+CONFIG_OF: dict[Kind, type[Config]] = {"gateway": GatewayConfig, "replica": ReplicaConfig, "lane": LaneConfig}
+ENTRY_OF: dict[Kind, type[Entry]] = {"gateway": GatewayEntry, "replica": ReplicaEntry, "lane": LaneEntry}
+
+
 class JournalWriter:
     """Appends; buffered, flushed by size, every ``FLUSH_NS`` of the writer's own time, and on close.
 
     Time passes only with a write: who falls silent calls ``flush``.
     """
 
-    def __init__(
-        self, path: Path, kind: Literal["gateway", "replica"], config: GatewayConfig | ReplicaConfig, hash_key: bytes
-    ) -> None:
+    def __init__(self, path: Path, kind: Kind, config: Config, hash_key: bytes) -> None:
         self._encoder = msgspec.json.Encoder()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +95,8 @@ class JournalWriter:
         self._file.write(self._encoder.encode(header) + b"\n")
 
     def write(
-        self, at_ns: int, event: GatewayEvent | ReplicaEvent, actions: list[GatewayAction] | list[ReplicaAction]
+        self, at_ns: int, event: GatewayEvent | ReplicaEvent | LaneEvent,
+        actions: list[GatewayAction] | list[ReplicaAction] | list[LaneAction],
     ) -> None:
         """One line."""
         self._file.write(self._encoder.encode((self._serial, at_ns, event, actions)) + b"\n")
@@ -105,16 +122,13 @@ class Journal(msgspec.Struct, frozen=True):
     header: Header
     torn_bytes: int  # cut from the end
 
-    def config(self) -> GatewayConfig | ReplicaConfig:
+    def config(self) -> Config:
         """The machine's config as it ran."""
-        if self.header.kind == "gateway":
-            return msgspec.json.decode(self.header.config, type=GatewayConfig)
-        return msgspec.json.decode(self.header.config, type=ReplicaConfig)
+        return msgspec.json.decode(self.header.config, type=CONFIG_OF[self.header.kind])
 
-    def entries(self) -> Iterator[GatewayEntry | ReplicaEntry]:
+    def entries(self) -> Iterator[Entry]:
         """All whole lines, in order."""
-        decoder: msgspec.json.Decoder[GatewayEntry] | msgspec.json.Decoder[ReplicaEntry]
-        decoder = msgspec.json.Decoder(GatewayEntry if self.header.kind == "gateway" else ReplicaEntry)  # type: ignore
+        decoder = msgspec.json.Decoder(ENTRY_OF[self.header.kind])
         with self.path.open("rb") as file:
             file.readline()
             for number, line in enumerate(file, 2):

@@ -1,8 +1,9 @@
 """The encoder as a process: texts in, vectors out, over a local socket. Stateless; one serves every gateway of a host.
 
 ``python -m engine.model.encoder_process``; its spec comes as msgpack on stdin. A plain loop takes what is there, up to
-``max_batch``, encodes, answers. The newest first: when it cannot keep up, the oldest are about to be late anyway, and
-those whose deadline has passed are skipped. Ends when its last client has hung up; Ctrl-C is the gateway's business.
+``max_batch`` and no more than its askers have time for (``batch_size.py``), encodes, answers. The newest first: when it
+cannot keep up, the oldest are about to be late anyway, and those whose deadline has passed are skipped. Ends when its
+last client has hung up; Ctrl-C is the gateway's business.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 import msgspec
 
 from engine.errors import UserError
+from engine.model.batch_size import BatchSize
 from engine.model.wire import LENGTH, Unframer
 
 DIMS = 384
@@ -54,6 +56,7 @@ class Encode(msgspec.Struct, frozen=True, gc=False, tag=True):
     id: int
     text: str
     deadline_ns: int
+    within_ns: int  # from when it was asked to its deadline
 
 
 class Cancel(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -108,6 +111,7 @@ class Loop:
 
     def __init__(self, spec: EncoderSpec, encode: Callable[[list[str]], list[bytes]], ready: Ready) -> None:
         self._spec, self._encode, self._ready, self._drill = spec, encode, ready, spec.drill
+        self._size = BatchSize(spec.max_batch)
         self._waiting: dict[tuple[socket.socket, int], Encode] = {}  # oldest first
         self._unframers: dict[socket.socket, Unframer] = {}
         self._listener = socket.socket(socket.AF_UNIX)
@@ -129,7 +133,7 @@ class Loop:
 
     def _gather(self) -> None:
         end = time.monotonic() + self._spec.window_ms / 1e3
-        while len(self._waiting) < self._spec.max_batch and (left := end - time.monotonic()) > 0:
+        while len(self._waiting) < self._size.next() and (left := end - time.monotonic()) > 0:
             self._read(left)
 
     def _turn(self) -> None:
@@ -137,7 +141,7 @@ class Loop:
         now_ns = time.monotonic_ns()
         for key, ask in [(key, ask) for key, ask in self._waiting.items() if ask.deadline_ns <= now_ns]:
             self._skip(key[0], ask.id)
-        batch = [self._waiting.popitem() for _ in range(min(len(self._waiting), self._spec.max_batch))]
+        batch = [self._waiting.popitem() for _ in range(min(len(self._waiting), self._size.next()))]
         if not batch:
             return
         time.sleep(self._drill.delay_ms / 1e3)
@@ -147,6 +151,7 @@ class Loop:
             answers = [Vector(ask.id, vector) for (_, ask), vector in zip(batch, vectors, strict=True)]
         except Exception as error:  # whatever a text does to a tokenizer: its batch fails, the process stays
             answers = [Failed(ask.id, repr(error)) for _, ask in batch]
+        self._size.took(len(batch), time.monotonic_ns() - now_ns)
         for ((connection, _), _), answer in zip(batch, answers, strict=True):
             self._write(connection, answer)
 
@@ -176,6 +181,8 @@ class Loop:
             message = _decode(raw)
             if isinstance(message, Encode):
                 self._waiting[connection, message.id] = message
+                if message.deadline_ns > time.monotonic_ns():
+                    self._size.asked(message.within_ns)
             elif isinstance(message, Cancel):
                 self._skip(connection, message.id)
             else:

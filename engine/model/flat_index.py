@@ -28,6 +28,13 @@ class FlatIndex:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __contains__(self, text_key: bytes) -> bool:
+        return text_key in self._row_of
+
+    def text_keys(self) -> list[bytes]:
+        """Of all rows."""
+        return list(self._row_of)
+
     @property
     def nbytes(self) -> int:
         """Memory held, without the keys themselves."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +49,7 @@ class IndexStats(NamedTuple):
 
 
 class VectorIndex:
-    """Vectors by (hard key, text key). ``backend`` auto: a GPU if faiss has one, else faiss, else numpy.
+    """Vectors by (hard key, text key). ``backend`` auto: a GPU if faiss has one, else numpy.
 
     ``vectors`` int8: a quarter of the memory; cosines are those of the decoded rows. numpy reads them, on no GPU.
     """
@@ -117,8 +116,17 @@ class VectorIndex:
             merges=sum(found.merges for found in inverted), backend=self.backend, vectors=self.vectors, bytes=held,
         )
 
-    def save(self, path: Path, encoder: str) -> None:
-        """Write all vectors, with the encoder's digest; see ``index_file.write``."""
+    def holds(self, hard_key: bytes, text_key: bytes) -> bool:
+        """Is there a vector under these keys?"""
+        found = self._of.get(hard_key)
+        return found is not None and text_key in found
+
+    def keys(self) -> list[tuple[bytes, bytes]]:
+        """(hard key, text key) of every vector."""
+        return [(hard_key, text_key) for hard_key, found in self._of.items() for text_key in found.text_keys()]
+
+    def pack(self, encoder: str) -> index_file.Packed:
+        """All vectors, copied, with the encoder's digest."""
         none = np.empty((0, self.dims), np.float32)
         keys = [
             index_file.StoredKey(hard_key, True, [found.head, *(cell.rows for cell in found.cells)], found.centroids)
@@ -126,16 +134,16 @@ class VectorIndex:
             else index_file.StoredKey(hard_key, False, [found.rows], none)
             for hard_key, found in self._of.items()
         ]
-        index_file.write(path, index_file.Stored(self._added, keys), encoder, self.dims, self.vectors)
+        return index_file.pack(index_file.Stored(self._added, keys), encoder, self.dims, self.vectors)
 
     @classmethod
-    def load(
-        cls, path: Path, encoder: str, dims: int, backend: Backend = "auto", vectors: Encoding = "float32",
+    def unpack(
+        cls, raw: bytes, where: str, encoder: str, dims: int, backend: Backend = "auto", vectors: Encoding = "float32",
         exact_rows: int = EXACT_ROWS,
     ) -> VectorIndex:
-        """What ``save`` wrote; UserError when it cannot be read or is of another encoder, width or encoding."""
+        """From ``pack``'s bytes; UserError when they cannot be read or are of another encoder, width or encoding."""
         index = cls(dims, backend, vectors, exact_rows)
-        stored = index_file.read(path, encoder, dims, vectors)
+        stored = index_file.read(raw, where, encoder, dims, vectors)
         index._added = stored.added
         for key in stored.keys:
             index._key_bytes += sum(sys.getsizeof(text) for block in key.blocks for text in block.keys)

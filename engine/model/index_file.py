@@ -1,12 +1,11 @@
-"""An index on disk: an ``.npz`` beside its place and renamed, so there is never half a file. No texts, no answers.
+"""An index as bytes: an ``.npz``. No texts, no answers.
 
 Lists and their means are written as they are, so what is read back answers as before, in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import io
 from typing import NamedTuple
 from zipfile import BadZipFile
 
@@ -34,12 +33,25 @@ class Stored(NamedTuple):
     keys: list[StoredKey]
 
 
-def write(path: Path, stored: Stored, encoder: str, dims: int, encoding: Encoding) -> None:
-    """``encoder``: digest of the weights that made the vectors. The caller's thread is busy until it is on the disk."""
+class Packed:
+    """An index, copied: another thread may turn it into bytes while the index goes on."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def to_bytes(self) -> bytes:
+        """What ``read`` wants."""
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **self._arrays)
+        return file.getvalue()
+
+
+def pack(stored: Stored, encoder: str, dims: int, encoding: Encoding) -> Packed:
+    """``encoder``: digest of the weights that made the vectors."""
     blocks = [block for key in stored.keys for block in key.blocks]
     empty = Rows(dims, encoding)
     text_keys = [text for block in blocks for text in block.keys]
-    arrays = {
+    return Packed({
         "head": np.array([VERSION, dims, stored.added], np.int64),
         "encoder": np.array(encoder), "encoding": np.array(encoding),
         "hard_keys": np.frombuffer(b"".join(key.hard_key for key in stored.keys), np.uint8),
@@ -53,38 +65,26 @@ def write(path: Path, stored: Stored, encoder: str, dims: int, encoding: Encodin
         "factors": np.concatenate([empty.factors, *(block.factors[: len(block)] for block in blocks)]),
         "ages": np.concatenate([empty.ages, *(block.ages[: len(block)] for block in blocks)]),
         "centroids": np.concatenate([np.empty((0, dims), np.float32), *(key.centroids for key in stored.keys)]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    })
 
 
-def read(path: Path, encoder: str, dims: int, encoding: Encoding) -> Stored:
-    """UserError when the file cannot be read, or holds other vectors than those that are asked for."""
+def read(raw: bytes, where: str, encoder: str, dims: int, encoding: Encoding) -> Stored:
+    """UserError when these bytes cannot be read, or hold other vectors than those that are asked for."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         version, theirs, added = (int(number) for number in arrays["head"])
         if version != VERSION:
-            raise _refusal(path, f"it is of version {version}, not {VERSION}")
+            raise _refusal(where, f"they are of version {version}, not {VERSION}")
         for what, there, asked in (
             ("encoder", str(arrays["encoder"]), encoder), ("width", theirs, dims),
             ("encoding", str(arrays["encoding"]), encoding),
         ):
             if there != asked:
-                raise _refusal(path, f"its {what} is {there}, not {asked}")
+                raise _refusal(where, f"their {what} is {there}, not {asked}")
         return Stored(added, _keys(arrays, dims, encoding))
-    except OSError as error:
-        raise _refusal(path, str(error.strerror or error)) from None
-    except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise _refusal(path, f"it is damaged: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise _refusal(where, f"they are damaged: {error}") from None
 
 
 def _keys(arrays: dict[str, np.ndarray], dims: int, encoding: Encoding) -> list[StoredKey]:
@@ -122,8 +122,7 @@ def _cut(joined: np.ndarray, lengths: np.ndarray) -> list[bytes]:
     return [raw[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
 
 
-def _refusal(path: Path, why: str) -> UserError:
+def _refusal(where: str, why: str) -> UserError:
     return UserError(
-        "this file of vectors cannot be used", where=str(path), why=why,
-        fix="delete it, and begin with an empty semantic cache",
+        "these vectors cannot be used", where=where, why=why, fix="delete them, and begin with an empty semantic cache"
     )

@@ -58,7 +58,11 @@ class DeviceScan:
 
 
 def choose(backend: Backend) -> tuple[str, Callable[[], Scan]]:
-    """The backend there is, and what makes a scan for one hard key; UserError when it is not the one asked for."""
+    """The backend there is, and what makes a scan for one hard key; UserError when it is not the one asked for.
+
+    ``auto`` leaves faiss alone on a CPU: its threads wait for each other, and on busy cores one search takes
+    milliseconds (``README.md``, "Numpy or faiss").
+    """
     if backend == "numpy":
         return "numpy", lambda: scan_numpy
     try:
@@ -68,8 +72,10 @@ def choose(backend: Backend) -> tuple[str, Callable[[], Scan]]:
             return "numpy", lambda: scan_numpy
         raise UserError(f"no faiss for the index backend {backend!r}", fix="pip install 'faiss-cpu>=1.15,<2'") from None
     has_gpu = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-    if backend == "faiss" or (backend == "auto" and not has_gpu):
+    if backend == "faiss":
         return "faiss", lambda: scan_faiss
+    if backend == "auto" and not has_gpu:
+        return "numpy", lambda: scan_numpy
     if not has_gpu:
         raise UserError("faiss sees no GPU", fix="pip install 'faiss-gpu>=1.15,<2' where nvidia-smi answers")
     resources = faiss.StandardGpuResources()

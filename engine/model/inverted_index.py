@@ -57,10 +57,17 @@ class InvertedIndex:
     def __len__(self) -> int:
         return len(self._cell_of)
 
+    def __contains__(self, text_key: bytes) -> bool:
+        return text_key in self._cell_of
+
     @property
     def centroids(self) -> np.ndarray:
         """fp32 ``[lists, dims]``."""
         return self._centroids[: len(self.cells)]
+
+    def text_keys(self) -> list[bytes]:
+        """Of all rows."""
+        return list(self._cell_of)
 
     @property
     def nbytes(self) -> int:

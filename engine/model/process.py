@@ -13,9 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import contextlib
 import csv
-import selectors
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -28,14 +26,13 @@ from engine.errors import UserError
 from engine.events import StepFailed
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
+from engine.model.endpoint import Endpoint
 from engine.model.fake import FakeRunner, speaker
 from engine.model.stepping import Runner
-from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_to_replica, frame
+from engine.model.wire import Output, Ready, frame
 from engine.model.worker import ReplicaDriver
 from engine.policy.replica import Replica
 from engine.stepcost import StepCost
-
-ORPHAN_CHECK_S = 1.0  # how often one that nobody has connected to looks whether somebody still can
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -56,82 +53,6 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 def last_words(socket_path: str) -> Path:
     """Where a worker that gives up leaves its UserError for the gateway."""
     return Path(socket_path).with_suffix(".error")
-
-
-class Endpoint:
-    """Gateways' connections, read without waiting and written whole."""
-
-    def __init__(self, path: str) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path)
-        self._listener.listen()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._unframers: dict[socket.socket, Unframer] = {}
-        self._owner: dict[int, socket.socket] = {}  # gateway index (the sid's high bits) -> its connection
-        self._pending: list[ToReplica] = []
-        self.greeting = b""
-        self.deserted = False
-
-    @property
-    def alone(self) -> bool:
-        """Nobody is connected."""
-        return not self._unframers
-
-    def waits(self) -> bool:
-        """Has anybody said something?"""
-        self._read(0)
-        return bool(self._pending)
-
-    def take(self, idle: bool) -> list[ToReplica]:
-        """All messages so far; with ``idle`` sleeps until there is one, but not for ever while nobody is there."""
-        sleep_s = ORPHAN_CHECK_S if self.alone else None
-        self._read(sleep_s if idle and not self._pending else 0)
-        out, self._pending = self._pending, []
-        return out
-
-    def send(self, output: Output) -> None:
-        """To the gateway of each submission; what concerns no submission goes to all."""
-        if len(self._unframers) == 1:
-            return self._write(next(iter(self._unframers)), frame(output))
-        for index, connection in list(self._owner.items()):
-            mine = [e for e in output.events if (sid := getattr(e, "sid", None)) is None or sid >> 40 == index]
-            tokens = [t for t in output.tokens if t[0] >> 40 == index]
-            logprobs = [said for said in output.logprobs if said[0] >> 40 == index]
-            self._write(connection, frame(Output(mine, tokens, logprobs)))
-        return None
-
-    def _read(self, timeout: float | None) -> None:
-        for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._listener:
-                connection, _ = self._listener.accept()
-                self._unframers[connection] = Unframer()
-                self._selector.register(connection, selectors.EVENT_READ)
-                self._write(connection, self.greeting)
-                continue
-            connection = key.fileobj  # type: ignore[assignment]
-            data = b""
-            with contextlib.suppress(ConnectionError):
-                data = connection.recv(1 << 20)
-            if not data:
-                self._hang_up(connection)
-                continue
-            for raw in self._unframers[connection].feed(data):
-                message = decode_to_replica(raw)
-                if isinstance(message, Work):
-                    self._owner[message.submit.sid >> 40] = connection
-                self._pending.append(message)
-
-    def _write(self, connection: socket.socket, data: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # its hang-up is read next
-            connection.sendall(data)
-
-    def _hang_up(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        del self._unframers[connection]
-        self._owner = {i: c for i, c in self._owner.items() if c is not connection}
-        connection.close()
-        self.deserted = not self._unframers
 
 
 def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:

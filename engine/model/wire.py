@@ -16,12 +16,22 @@ LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
 
 
-class Work(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """A Submit with the tokens it is about."""
+Said = list[dict[str, str]] | str  # a conversation, or a bare prompt
+
+
+class Work(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
+    """A Submit with the tokens it is about. ``said``: the same as text, for who has a tokenizer of its own."""
 
     submit: Submit
     prompt: list[int]
     params: SamplingParams
+    said: Said = ""
+
+
+class Hello(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """The gateway of this index shares the replica with others; said once, when it is ready to hear."""
+
+    gateway: int
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -46,11 +56,11 @@ ToReplica = Work | Abort | Drain
 FromReplica = Ready | Output
 
 _encoder = msgspec.msgpack.Encoder()
-decode_to_replica = msgspec.msgpack.Decoder(ToReplica).decode
+decode_to_replica = msgspec.msgpack.Decoder(ToReplica | Hello).decode
 decode_from_replica = msgspec.msgpack.Decoder(FromReplica).decode
 
 
-def frame(message: ToReplica | FromReplica) -> bytes:
+def frame(message: ToReplica | Hello | FromReplica) -> bytes:
     """One message as bytes for the socket."""
     body = _encoder.encode(message)
     return LENGTH.pack(len(body)) + body

@@ -6,7 +6,7 @@ here until both answers are known well enough to say whether they are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from engine.config import GatewayConfig
 from engine.events import (
@@ -15,9 +15,11 @@ from engine.events import (
     DropVector,
     Ended,
     Invalidate,
+    KeptQuestion,
     Neighbour,
     PlaceAnswer,
     Placed,
+    Remember,
     StoreAnswer,
     StoreVector,
     TextMarks,
@@ -56,13 +58,16 @@ class Outcome(Struct):
 class Answers:
     """Exact and semantic cache of one gateway."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, awaited: Callable[[Key], bool] = lambda key: False) -> None:
+        """``awaited``: whether a question is being computed, and is to be found meanwhile."""
+        self._awaited = awaited
         self.exact = ExactCache(config.exact)
         self.identities = Identities(config.semantic)
         self.semantic = SemanticCache(config.semantic, self.identities.of)
         self.invalidations = Invalidations()
+        self._semantic = config.semantic.enabled
         self._tags = {name: cls.depends_on for name, cls in config.classes.items()}
-        self._pending: dict[str, list[Open]] = {}  # by the newer answer's id
+        self._pending: dict[tuple[bytes, str], list[Open]] = {}  # by hard key, and the newer answer's id
         self._outcomes: list[Outcome] = []
 
     def tags_of(self, ask: Arrive) -> tuple[str, ...]:
@@ -100,7 +105,7 @@ class Answers:
             out.append(StoreVector(ask.hard_key, ask.text_key))  # anew: it may have been dropped since it took off
         if kept or has_vector:
             out.append(StoreAnswer(ended.answer_id, ended.sid))
-        if has_vector and self.identities.kind == "meaning" and not self.identities.of(ended.answer_id):
+        if has_vector and self.identities.kind == "meaning" and not self.identities.of(ask.hard_key, ended.answer_id):
             out.append(PlaceAnswer(ask.hard_key, ended.answer_id))
         return out + self.let_go()
 
@@ -124,16 +129,17 @@ class Answers:
         if self.invalidations.spoiled(since, open_.entry.tenant, open_.entry.tags):
             return self._settle(open_, None)
         right = self.identities.same(open_.entry.answer_id, Placed(open_.hard_key, ended.answer_id))
-        kept = self.semantic.refers_to(ended.answer_id) and not self.identities.of(ended.answer_id)
+        key = open_.hard_key, ended.answer_id
+        kept = self.semantic.refers_to(ended.answer_id) and not self.identities.of(*key)
         if right is None and self.identities.kind == "meaning" and kept and len(self._pending) < PENDING:
-            self._pending.setdefault(ended.answer_id, []).append(open_)  # its vector was asked for when it was kept
+            self._pending.setdefault(key, []).append(open_)  # its vector was asked for when it was kept
         else:
             self._settle(open_, right)
         return None
 
     def placed(self, event: Placed) -> None:
         """An answer's vector has been compared with those of the answers that are kept."""
-        opens = self._pending.pop(event.answer_id, [])
+        opens = self._pending.pop((event.hard_key, event.answer_id), [])
         rights = [self.identities.same(open_.entry.answer_id, event) for open_ in opens]
         if self.semantic.refers_to(event.answer_id):
             self.identities.place(event)
@@ -163,20 +169,60 @@ class Answers:
         self.semantic.invalidate(what)
         return self.let_go()
 
-    def let_go(self) -> list[Upkeep]:
-        """What nobody needs any more."""
-        out: list[Upkeep] = []
-        texts = dict.fromkeys(self.exact.drain_dropped())
-        for entry in self.semantic.drain_dropped():
-            texts[entry.answer_id] = None
-            if not self.semantic.holds(entry.hard_key, entry.text_key):
-                out.append(DropVector(entry.hard_key, entry.text_key))
-        for answer_id in texts:
+    def let_go(self, texts: Iterable[str] = (), questions: Iterable[SemanticEntry] = ()) -> list[Upkeep]:
+        """What nobody needs any more: of what has left since the last call, and of these."""
+        gone = dict.fromkeys((*texts, *self.exact.drain_dropped()))
+        keys: dict[Key, None] = {}
+        for entry in (*questions, *self.semantic.drain_dropped()):
+            gone[entry.answer_id] = keys[entry.key] = None
+        out: list[Upkeep] = [DropVector(*key) for key in keys if not self.found(key)]
+        for answer_id in gone:
             if not self.semantic.refers_to(answer_id):
                 self.identities.forget(answer_id)
                 if not self.exact.refers_to(answer_id):
                     out.append(DropAnswer(answer_id))
         return out
+
+    def found(self, question: Key) -> bool:
+        """Whether its vector is still needed: it is answered, or being answered."""
+        return self.semantic.holds(*question) or self._awaited(question)
+
+    # ------------------------------------------------------------ from one life to the next
+
+    def kept(self) -> Remember:
+        """All that is kept, as ``remember`` wants it; not what the semantic cache's rule has learned."""
+        group_of = self.identities.of if self.identities.kind == "meaning" else lambda *_: ""
+        similar = [
+            KeptQuestion(e, kept.agreed, kept.trusted, group_of(e.hard_key, e.answer_id))
+            for kept in self.semantic.kept() for e in (kept.entry,)
+        ]
+        return Remember(tuple(self.exact.entries()), tuple(similar), self.invalidations.versions())
+
+    def remember(self, now_ns: int, what: Remember) -> list[Upkeep]:
+        """Take back what is young enough, has room and was not called off since the start; let go of the rest."""
+        self.invalidations.take_back(what.versions)
+        for entry in what.exact:
+            if not self.invalidations.spoiled(0, entry.tenant, entry.tags):
+                self.exact.take_back(now_ns, entry)
+        for kept in what.similar if self._semantic else ():
+            if not self.invalidations.spoiled(0, kept.entry.tenant, kept.entry.tags):
+                self.semantic.take_back(kept, now_ns)
+        entries = [kept.entry for kept in what.similar]
+        out = self.let_go((entry.answer_id for entry in what.exact), entries)
+        return out + self._regroup(what.similar) if self.identities.kind == "meaning" else out
+
+    def _regroup(self, similar: tuple[KeptQuestion, ...]) -> list[Upkeep]:
+        """Answers into the groups that they were in; those that had none yet are to be compared."""
+        out: dict[Upkeep, None] = {}
+        for kept in similar:
+            hard_key, answer_id = kept.entry.hard_key, kept.entry.answer_id
+            if not self.semantic.refers_to(answer_id) or self.identities.of(hard_key, answer_id):
+                continue
+            if kept.group:
+                self.identities.take_back(hard_key, answer_id, kept.group)
+            else:
+                out[PlaceAnswer(hard_key, answer_id)] = None
+        return list(out)
 
     def check(self) -> None:
         """Invariants."""

@@ -3,7 +3,7 @@
 Evidence for an answer is that the nearest entries with *another* answer are far, and that many near ones have this one.
 Weights are fitted on labelled questions, thresholds chosen on others (``sim/quality/fit.py``); both come as config. An
 option is an answer, not an entry: the two nearest answers are weighed, and the better one is served by its nearest
-entry that may serve. ``evidence`` is the one definition of the features, for the rule and for the fit.
+entry that may serve. ``weighed`` says what is an option and ``evidence`` what speaks for it, for the rule and the fit.
 
 Votes are weighted by powers of the cosine, which near 1 is ``exp(12 (cosine - 1))`` by multiplication alone: the same
 bits on every machine.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from engine.cache_config import SemanticConfig, Weights
+from engine.cache_config import SemanticConfig, Veto, Weights
 from engine.events import TextMarks
 from engine.policy.learning import logistic
 from engine.policy.rules import Candidate, Judgement, Key, Lesson, RuleStats
@@ -33,6 +33,25 @@ def options(near: Sequence[Candidate]) -> list[list[int]]:
     for at, candidate in enumerate(near):
         groups.setdefault(candidate.answer or f"\0{at}", []).append(at)
     return list(groups.values())[:OPTIONS]
+
+
+def weighed(vetoes: Sequence[Veto], asked: TextMarks, near: Sequence[Candidate]) -> list[tuple[list[int], int]]:
+    """Options that no veto forbids, each with that of its candidates whose answer would be given.
+
+    What vetoes an answer's nearest wording vetoes the answer, or a farther wording of it would slip through. A farther
+    one that is vetoed only does not serve: two wordings that differ in everything may differ in a "not" as well. An
+    entry whose answer is not known may have the answer of any nearer entry that was vetoed.
+    """
+    found = []
+    doubt = False
+    for own in options(near):
+        if vetoed(vetoes, asked, near[own[0]].marks):
+            doubt = True
+        elif near[own[0]].answer or not doubt:
+            may = [at for at in own if near[at].servable and not vetoed(vetoes, asked, near[at].marks)]
+            if may:
+                found.append((own, may[0]))
+    return found
 
 
 def evidence(asked: TextMarks, near: Sequence[Candidate], own: Sequence[int], served: int) -> Evidence:
@@ -93,31 +112,20 @@ class CalibratedRule:
         """See ``Rule``."""
         self._asked += 1
         best: tuple[float, int, float, float] | None = None  # above its threshold by, candidate, odds, strict threshold
-        for own in options(near):
-            may = self._may_serve(marks, near, own)
-            if not may:
-                continue
-            known = near[own[0]].answer != ""
+        for own, at in weighed(self._vetoes, marks, near):
+            known = near[at].answer != ""
             bias, weights = self._known if known else self._unknown
-            odds = log_odds(weights, bias, evidence(marks, near, own, may[0]))
+            odds = log_odds(weights, bias, evidence(marks, near, own, at))
             strict = self._config.least if known else self._config.least_unknown
             loose = self._config.approximate_least if known else self._config.approximate_least_unknown
             spare = odds - (min(strict, loose) if relaxed else strict)
             if spare >= 0 and (best is None or spare > best[0]):
-                best = spare, may[0], odds, strict
+                best = spare, at, odds, strict
         if best is None:
             return Judgement()
         self._served += 1
         _, at, odds, strict = best
         return Judgement(serve=at, approximate=odds < strict, odds_millionths=round(1_000_000 * logistic(odds)))
-
-    def _may_serve(self, marks: TextMarks, near: Sequence[Candidate], own: Sequence[int]) -> list[int]:
-        """Nearest first. What vetoes one wording vetoes the answer, or another wording of it would slip through;
-        ``vetoed_most`` wordings may be vetoed without that, but never the nearest."""
-        bad = [at for at in own if vetoed(self._vetoes, marks, near[at].marks)]
-        if bad and (bad[0] == own[0] or len(bad) > self._config.vetoed_most):
-            return []
-        return [at for at in own if near[at].servable and at not in bad]
 
     def learn(self, lesson: Lesson) -> None:
         """See ``Rule``."""

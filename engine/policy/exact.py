@@ -11,25 +11,13 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from engine.cache_config import ExactConfig
+from engine.events import Entry as Entry
 from engine.events import Invalidate
 from engine.policy.tags import TagIndex, meant
 from engine.units import s_to_ns
 from engine.values import Struct
 
 EXPIRED_PER_PUT = 2  # more than a put adds, so what nobody asks for again leaves too, though no call is long
-
-
-class Entry(Struct):
-    """An answer that was computed once: by the request ``source``, at ``stored_ns``."""
-
-    key: bytes
-    answer_id: str
-    answer_bytes: int
-    stored_ns: int
-    source: str
-    output_tokens: int
-    tenant: str = ""
-    tags: tuple[str, ...] = ()
 
 
 class ExactStats(Struct):
@@ -92,22 +80,33 @@ class ExactCache:
         assert answer_bytes >= 0, f"an answer cannot have {answer_bytes} bytes"
         if not self._enabled or answer_bytes > self._max_bytes:
             return False
-        entry = Entry(key, answer_id, answer_bytes, now_ns, source, output_tokens, tenant, tags)
+        self._keep(now_ns, Entry(key, answer_id, answer_bytes, now_ns, source, output_tokens, tenant, tags))
+        return True
+
+    def take_back(self, now_ns: int, entry: Entry) -> bool:
+        """An entry of a former life. False, and nothing changes: too old, too large, or there is one already."""
+        if not self._enabled or entry.answer_bytes > self._max_bytes or self._expired(entry, now_ns):
+            return False
+        if entry.key in self._entries:
+            return False
+        self._keep(now_ns, entry)
+        return True
+
+    def _keep(self, now_ns: int, entry: Entry) -> None:
         # Referenced before the old one is let go: a key stored again with the same answer must not drop its text.
-        self._references[answer_id] = self._references.get(answer_id, 0) + 1
-        self._dropped.pop(answer_id, None)
-        if (old := self._entries.get(key)) is not None:
+        self._references[entry.answer_id] = self._references.get(entry.answer_id, 0) + 1
+        self._dropped.pop(entry.answer_id, None)
+        if (old := self._entries.get(entry.key)) is not None:
             self._remove(old)
-        self._entries[key] = entry
-        self._tagged.add(key, tags)
-        self._bytes += answer_bytes
+        self._entries[entry.key] = entry
+        self._tagged.add(entry.key, entry.tags)
+        self._bytes += entry.answer_bytes
         for _ in range(EXPIRED_PER_PUT):
             if self._expired(oldest := next(iter(self._entries.values())), now_ns):
                 self._expire(oldest)
         while self._bytes > self._max_bytes:
             self._remove(next(iter(self._entries.values())))
             self._evictions += 1
-        return True
 
     def invalidate(self, what: Invalidate) -> int:
         """Let go of all that is meant; how many there were."""

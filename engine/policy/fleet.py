@@ -17,6 +17,8 @@ from engine.units import S_NS
 from engine.values import Struct
 
 GOOD = ("stop", "length")
+HOPELESS = (*GOOD, "failed", "refused")  # the very same request would end in the same way
+ELSEWHERE = ("lost", "busy")  # the replica's doing: another one may compute it
 
 
 class FleetStats(Struct):
@@ -40,13 +42,20 @@ class Fleet:
         self._overload, self._classes = config.overload, config.classes
         self._up = dict.fromkeys(range(count))  # a set, in order
         self._gone: dict[int, None] = {}  # for good
+        self._closed_ns: dict[int, int] = {}  # upstreams that have said no: until when nothing is sent there
 
-    def take(self, now_ns: int, ask: Arrive) -> Seat | None:
-        """A seat on the replica that suits best, or None when no replica may be asked."""
+    def take(self, now_ns: int, ask: Arrive, avoid: int | None = None) -> Seat | None:
+        """A seat on the replica that suits best, or None when no replica may be asked.
+
+        ``avoid``: where it has just failed. A server that fails at once has little to do, and would be chosen again;
+        so would one that takes nothing at the moment.
+        """
         open_ = [n for n in self._up if not self.breakers[n].retry_after_ns(now_ns)]
         if not open_:
             return None
-        replica = self.router.choose(open_, ask)
+        others = [n for n in open_ if n != avoid] or open_
+        takes = [n for n in others if self._closed_ns.get(n, 0) <= now_ns] or others
+        replica = self.router.choose(now_ns, takes, ask)
         permit = self.breakers[replica].acquire(now_ns)
         assert permit is not None, "take: this breaker lets through"
         return Seat(replica, permit)
@@ -61,7 +70,7 @@ class Fleet:
         open_ = [n for n in self._up if not self.breakers[n].retry_after_ns(now_ns)]
         if not open_:
             return 0
-        replica = self.router.choose(open_, ask)
+        replica = self.router.choose(now_ns, open_, ask)
         if self.forecast.idle(replica, cls.priority):
             return 0  # were it refused too, no step would ever teach a better pace
         wait_ns = self.forecast.ttft_ns(replica, cls.priority, self.router.to_compute(replica, ask))
@@ -98,7 +107,7 @@ class Fleet:
         predicted_ns = self.forecast.ttft_ns(flight.replica, flight.priority, tokens)
         self.forecast.sent(flight.sid, flight.replica, flight.priority, tokens)
         self.pressures.sent(flight)
-        self.router.sent(flight.sid, flight.replica, ask)
+        self.router.sent(flight.sent_ns, flight.sid, flight.replica, ask)
         return predicted_ns
 
     def started(self, flight: Flight) -> None:
@@ -112,9 +121,13 @@ class Fleet:
         self._through(now_ns, flight, "cancelled" if not late else "slow" if flight.started else "hang")
 
     def landed(self, now_ns: int, flight: Flight, ended: Ended) -> None:
-        """Its end. "lost" says nothing to the breaker: that replica is not asked any more, and a new one comes."""
-        good = ended.reason in GOOD
-        self._through(now_ns, flight, "ok" if good else "fail" if ended.reason == "failed" else "cancelled")
+        """Its end. One that is "lost" with its replica says nothing to the breaker: that one is not asked any more.
+
+        Lost alone, it is what an upstream has failed at. That one is busy, or refuses this request, is no failure.
+        """
+        failed = ended.reason == "failed" or (ended.reason == "lost" and flight.replica in self._up)
+        verdict: Verdict = "ok" if ended.reason in GOOD else "fail" if failed else "cancelled"
+        self._through(now_ns, flight, "ignored" if ended.reason in ("busy", "refused") else verdict)
 
     def _through(self, now_ns: int, flight: Flight, verdict: Verdict) -> None:
         self.pressures.forget(flight.sid)
@@ -129,6 +142,7 @@ class Fleet:
         if pressure.replica in self._up:
             self.pressures.hear(pressure)
             self.forecast.hear(pressure)
+            self._closed_ns[pressure.replica] = pressure.closed_until_ns
             self.router.hear(pressure.replica, pressure.queued_tokens)
 
     def hear_kv(self, events: KvEvents) -> None:
@@ -142,6 +156,7 @@ class Fleet:
         if for_good:
             self._gone[replica] = None
         self.pressures.lose(replica)
+        self._closed_ns.pop(replica, None)
         self.forecast.lose(replica)
         self.router.lose(replica)
 

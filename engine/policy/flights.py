@@ -3,7 +3,7 @@
 The first request leads; later ones with the same exact key attach and read the same tokens. A leader whose client goes
 away flies on for its followers; the last rider to leave aborts. Nobody rides on a flight of lower criticality, which
 could be shed or preempted under a more important passenger. A flight with a ``job`` is the gateway's own: it needs no
-rider. One that was called off ends for those who are aboard, but is found by nobody any more.
+rider until the job is given up. One that was called off ends for those who are aboard, but is found by nobody any more.
 """
 
 from __future__ import annotations
@@ -118,6 +118,14 @@ class Flights:
             self.hide(flight)  # nobody may join what is about to be aborted
         return deserted
 
+    def give_up(self, flight: Flight) -> bool:
+        """The job has waited long enough. True when nobody else listens: the computation may stop."""
+        flight.job = None
+        deserted = not any(flight.riders.values())
+        if deserted:
+            self.hide(flight)
+        return deserted
+
     def get(self, sid: int) -> Flight | None:
         """The open submission ``sid``."""
         return self._open.get(sid)
@@ -155,4 +163,6 @@ class Flights:
             assert flight.job or any(flight.riders.values()), "index: only flights that somebody listens to are found"
         for question, flight in self._by_question.items():
             assert flight.question == question and self._open.get(flight.sid) is flight, "index: open flights only"
-        assert all(f.riders or f.job for f in self._open.values()), "riders: every flight has its leader, or a job"
+        for flight in self._open.values():
+            heard = flight.job or any(flight.riders.values())
+            assert heard or flight.seat is None, "seats: only of flights that somebody waits for"

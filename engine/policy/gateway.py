@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from engine.config import ClassConfig, GatewayConfig
 from engine.events import (
+    SID_BITS,
     Abort,
     Arrive,
     Attach,
@@ -26,6 +27,7 @@ from engine.events import (
     Placed,
     Pressure,
     Record,
+    Remember,
     ReplicaBack,
     ReplicaLost,
     Similar,
@@ -37,12 +39,12 @@ from engine.events import (
 from engine.policy.answers import Answers
 from engine.policy.background import Background
 from engine.policy.boundaries import Boundaries
-from engine.policy.fleet import GOOD, Fleet
+from engine.policy.fleet import ELSEWHERE, GOOD, HOPELESS, Fleet
 from engine.policy.flights import Flight, Flights, Seat
-from engine.policy.limiter import Limiter
+from engine.policy.limiter import OF_SCOPE, Limiter
 from engine.policy.overload import Overload
 from engine.policy.patience import Patience
-from engine.policy.replies import Replies
+from engine.policy.replies import Replies, code_of
 from engine.policy.similar import SimilarTier
 from engine.policy.tags import meant
 from engine.policy.trip import GatewayStats, Gone, Journey, Late, Reply, Ride, Trip, Wait
@@ -54,11 +56,11 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
-        self.limiter = Limiter(config.limiter, config.tenants)
-        self.answers = Answers(config)
-        self.flights = Flights(config.index << 40)
+        self.limiter = Limiter(config.limiter, config.tenants, config.classes)
+        self.flights = Flights(config.index << SID_BITS)
+        self.answers = Answers(config, self.flights.awaited)
         self.fleet = Fleet(config)
-        self.overload = Overload(config.overload, config.classes)
+        self.overload = Overload(config.overload, config.classes, config.retry)
         self._now_ns = 0
         self._outbox: list[GatewayAction] = []
         self._replies = Replies(config, self._outbox)
@@ -86,6 +88,8 @@ class Gateway:
                 self.background.placed(now_ns, event)
             case Invalidate():
                 self._invalidate(event)
+            case Remember():
+                self._outbox.extend(self.answers.remember(now_ns, event))
             case FirstToken():
                 self._first_token(event)
             case Ended():
@@ -117,21 +121,21 @@ class Gateway:
         return out
 
     def next_wake_ns(self) -> int | None:
-        """The nearest deadline, or the end of the overload window."""
-        moments = (self.patience.next_ns(), self.overload.next_wake_ns())
+        """The nearest deadline, of a request or a job, or the end of the overload window."""
+        moments = (self.patience.next_ns(), self.overload.next_wake_ns(), self.background.next_ns())
         return min((ns for ns in moments if ns is not None), default=None)
 
     # ------------------------------------------------------------ the way of one request
 
     def _journey(self, trip: Trip) -> Journey:
         ask, cls = trip.ask, trip.cls
-        verdict = self.limiter.take(self._now_ns, ask.tenant, trip.reserved_tokens)
+        verdict = self.limiter.take(self._now_ns, ask.tenant, trip.reserved_tokens, ask.asker, ask.traffic_class)
         if not verdict.ok:
             trip.reserved_tokens = 0
-            return self._reject(trip, "rate_limited", verdict.retry_after_ns)
+            return self._reject(trip, OF_SCOPE.get(verdict.scope, "rate_limited"), verdict.retry_after_ns)
         if self._draining:
             return self._reject(trip, "draining", S_NS)
-        asked = False
+        asked = rode = False
         while True:
             if entry := self.answers.same(self._now_ns, trip.key, self._makes_do(cls)):
                 if self._replies.same(self._now_ns, trip, entry):
@@ -139,7 +143,7 @@ class Gateway:
                 return None
             if flight := self._twin_of(trip):
                 ended = yield from self._follow(trip, flight)
-                if trip.over or ended.reason in GOOD or ended.reason == "failed" or self._is_lost(trip, ended):
+                if trip.over or ended.reason in HOPELESS or self._is_lost(trip, ended):
                     return self._finish(trip, ended, "coalesced")
                 continue  # the leader was stopped for reasons of its own: take its place
             if not asked and self.similar.may_help(trip):
@@ -150,26 +154,29 @@ class Gateway:
                 return None
             if flight := trip.ride:
                 ended = yield from self._follow(trip, flight)
-                if trip.over or ended.reason in GOOD or trip.first_ns is not None:
+                if trip.over or ended.reason in GOOD or trip.first_ns is not None or self._is_lost(trip, ended):
                     return self._finish(trip, ended, "coalesced")
                 trip.ride = trip.cosine_millionths = None
+                rode = ended.reason in ELSEWHERE  # its leader is computed anew: look for that, once a replica is there
+                asked = not rode or self.fleet.away
                 continue  # another question's failure is not this one's
-            if self.overload.sheds(cls.priority):
+            if self.overload.sheds(ask, cls.priority, self._now_ns):
                 return self._last_resort(trip, "overloaded", self.overload.calm_ns(cls.priority))
             if late_ns := self.fleet.late_ns(self._now_ns, ask, cls):
                 return self._last_resort(trip, "overloaded", max(S_NS, late_ns))
-            seat = self.fleet.take(self._now_ns, ask)
+            seat = self.fleet.take(self._now_ns, ask, trip.replica if trip.retried else None)
             if seat is None:
                 if (yield from self._outlast(trip)):
+                    asked = asked and not rode
                     continue
                 return self._last_resort(trip, *self.fleet.refusal(self._now_ns))
             ended = yield from self._lead(trip, seat)
-            if trip.over or ended.reason != "lost" or self._is_lost(trip, ended):
+            if trip.over or ended.reason not in ELSEWHERE or self._is_lost(trip, ended):
                 return self._finish(trip, ended, "model")
 
     def _is_lost(self, trip: Trip, ended: Ended) -> bool:
         """A replica died. Who has heard nothing yet is computed elsewhere, once: a request may be what killed it."""
-        if ended.reason != "lost":
+        if ended.reason not in ELSEWHERE:
             return False
         if trip.retried or trip.first_ns is not None:
             return True
@@ -207,6 +214,7 @@ class Gateway:
         if question and not self.answers.semantic.holds(*question):
             self._outbox.append(StoreVector(*question))
         trip.leads, trip.replica = True, seat.replica
+        self.overload.admission.sent(cls.priority)
         if (predicted_ns := self.fleet.sent(flight, ask)) is not None:
             trip.predicted_ns = self._now_ns + predicted_ns
         ended = yield from self._ride(trip, flight, flight.ticket(ask.arrived_ns + cls.start_within_ns))
@@ -217,8 +225,6 @@ class Gateway:
             for with_ in trip.compare:
                 self.answers.compare(flight, with_, ended)
             self.background.settle(self._now_ns)
-        if question and not (self.answers.semantic.holds(*question) or self.flights.awaited(question)):
-            self._outbox.append(DropVector(*question))
         return ended
 
     def _follow(self, trip: Trip, flight: Flight) -> Ride:
@@ -267,11 +273,8 @@ class Gateway:
                 self.similar.rode(trip, trip.ride, ended)
         elif ended.reason == "draining":
             self._reject(trip, "draining", S_NS)
-        elif ended.reason == "lost":
-            self._last_resort(trip, "replica_lost", S_NS)
         else:
-            code = "model_failed" if ended.reason == "failed" else "deadline_exceeded"
-            self._last_resort(trip, code, None)
+            self._last_resort(trip, *code_of(ended.reason))
 
     def _last_resort(self, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         self._replies.last_resort(self._now_ns, trip, code, retry_after_ns)
@@ -287,6 +290,7 @@ class Gateway:
         key = ask.exact_key if cls.caches != "none" else b""
         trip = Trip(ask, cls, key, level=self.overload.level, reserved_tokens=ask.prompt_tokens + ask.max_tokens)
         self._arrived += 1
+        self.overload.arrived(ask)
         self._trips[ask.rid] = trip
         self._journeys[ask.rid] = self._journey(trip)
         self.patience.begin(ask.rid, ask.arrived_ns + ms_to_ns(cls.timeout_ms))
@@ -322,12 +326,17 @@ class Gateway:
         del self._journeys[rid], self._trips[rid]
         self.patience.end(rid)
         self._ended += 1
-        self.limiter.settle(self._now_ns, trip.ask.tenant, trip.reserved_tokens, trip.used_tokens)
+        who = trip.ask
+        self.limiter.settle(
+            self._now_ns, who.tenant, trip.reserved_tokens, trip.used_tokens, who.asker, who.traffic_class
+        )
         self._outbox.append(Record(trip.record()))
 
     def _first_token(self, event: FirstToken) -> None:
         if flight := self.flights.get(event.sid):
             self.fleet.started(flight)
+            if flight.job is None:
+                self.overload.admission.started()
             flight.started = True
             for rid in flight.riders:
                 self._resume(rid, event)
@@ -341,6 +350,8 @@ class Gateway:
             for rid in flight.riders:
                 self._trips[rid].source = source
                 self._resume(rid, event)
+            if flight.question and not self.answers.found(flight.question):
+                self._outbox.append(DropVector(*flight.question))
 
     def _invalidate(self, what: Invalidate) -> None:
         """These answers serve nobody any more, nor does anybody new wait for those that are on their way."""
@@ -375,9 +386,8 @@ class Gateway:
 
     def check(self) -> None:
         """Invariants."""
-        jobs = self.background.jobs
         encoder = self.similar.encoder
-        for part in (self.limiter, self.answers, self.flights, encoder, self.overload, self.patience, jobs):
+        for part in (self.limiter, self.answers, self.flights, encoder, self.overload, self.patience, self.background):
             part.check()
         self.fleet.check(self.flights.seated())
         assert self._journeys.keys() == self._trips.keys(), "journeys: every trip has one"

@@ -2,7 +2,8 @@
 
 Canned and retrieved answers repeat to the letter. A model's own words do not: there an answer joins the group of the
 nearest group leader that is near enough (leader clustering, Hartigan 1975), and otherwise leads one of its own. That
-two answers with near vectors say the same is a proxy; what it is worth was measured (``sim/quality/README.md``).
+two answers with near vectors say the same is a proxy; what it is worth was measured (``sim/quality/README.md``). A text
+that several hard keys have is in a group under each: what one tenant's answers are near to is no news to another's.
 """
 
 from __future__ import annotations
@@ -17,29 +18,39 @@ class Identities:
     def __init__(self, config: SemanticConfig) -> None:
         self.kind = config.identity
         self._least = round(config.same_answer_cosine * 1_000_000)
-        self._groups: dict[str, str] = {}  # answer id -> its group, named by its first leader; "meaning" only
+        self._groups: dict[str, dict[bytes, str]] = {}
+        """Answer id -> hard key -> its group there, named by its first leader; "meaning" only."""
 
-    def of(self, answer_id: str) -> str:
-        """Answers of one name say the same."""
+    def of(self, hard_key: bytes, answer_id: str) -> str:
+        """Answers of one name under a hard key say the same."""
         match self.kind:
             case "text":
                 return answer_id
             case "meaning":
-                return self._groups.get(answer_id, "")
+                return self._group(hard_key, answer_id)
             case "unknown":
                 return ""
 
     def place(self, placed: Placed) -> None:
         """An answer that is kept has been compared with the others."""
-        if self.kind == "meaning" and placed.known and placed.answer_id not in self._groups:
-            self._groups[placed.answer_id] = self._join(placed.near) or placed.answer_id
+        key = placed.hard_key, placed.answer_id
+        if self.kind == "meaning" and placed.known and not self._group(*key):
+            group = self._join(placed.hard_key, placed.near) or placed.answer_id
+            self._groups.setdefault(placed.answer_id, {})[placed.hard_key] = group
 
-    def _join(self, near: tuple[Likeness, ...]) -> str:
+    def take_back(self, hard_key: bytes, answer_id: str, group: str) -> None:
+        """It was in this group in a former life."""
+        self._groups.setdefault(answer_id, {}).setdefault(hard_key, group)
+
+    def _group(self, hard_key: bytes, answer_id: str) -> str:
+        return self._groups.get(answer_id, {}).get(hard_key, "")
+
+    def _join(self, hard_key: bytes, near: tuple[Likeness, ...]) -> str:
         for like in near:
             if like.cosine_millionths < self._least:
                 break
-            group = self._groups.get(like.answer_id, "")
-            if group and (group == like.answer_id or group not in self._groups):  # a leader, or one who has lost his
+            group = self._group(hard_key, like.answer_id)
+            if group and (group == like.answer_id or not self._group(hard_key, group)):  # a leader, or has lost his
                 return group
         return ""
 
@@ -49,17 +60,19 @@ class Identities:
             return True
         if self.kind == "text":
             return False
-        group, other = self._groups.get(kept), self._groups.get(placed.answer_id)
-        if group is not None and other is not None:
+        hard_key = placed.hard_key
+        group, other = self._group(hard_key, kept), self._group(hard_key, placed.answer_id)
+        if group and other:
             return group == other
-        if group is None or not placed.near:
+        if not group or not placed.near:
             return None
         return any(
-            like.cosine_millionths >= self._least and self._groups.get(like.answer_id) == group for like in placed.near
+            like.cosine_millionths >= self._least and self._group(hard_key, like.answer_id) == group
+            for like in placed.near
         )
 
     def forget(self, answer_id: str) -> None:
-        """Nobody keeps it any more; unknown ones are no-ops."""
+        """Nobody keeps it any more, under no hard key; unknown ones are no-ops."""
         self._groups.pop(answer_id, None)
 
     def check(self, kept: dict[str, int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from typing import NamedTuple
 
-from engine.events import Invalidate
+from engine.events import Invalidate, TagVersion
 from engine.policy.tags import meant
 
 REMEMBERED = 1000  # far more than can come while one answer is computed; older ones count as meaning everything
@@ -38,16 +38,30 @@ class Invalidations:
             key = (what.tenant, what.tag)
             if what.version <= self._versions.get(key, 0):
                 return False
-            self._versions[key] = what.version
-            self._versions.move_to_end(key)
-            if len(self._versions) > VERSIONED:
-                self._versions.popitem(last=False)
+            self._know(key, what.version)
         self.number += 1
         if not what.answer_id:  # a text that nobody has yet cannot be meant
             self._words.append(Word(self.number, what))
             if len(self._words) > REMEMBERED:
                 self._forgotten = self._words.popleft().number
         return True
+
+    def versions(self) -> tuple[TagVersion, ...]:
+        """Those that are known, the longest unchanged first."""
+        return tuple(TagVersion(tenant, tag, version) for (tenant, tag), version in self._versions.items())
+
+    def take_back(self, versions: tuple[TagVersion, ...]) -> None:
+        """Known in a former life: what was called off by then has left by then."""
+        for each in versions:
+            key = (each.tenant, each.tag)
+            if each.version > self._versions.get(key, 0):
+                self._know(key, each.version)
+
+    def _know(self, key: tuple[str, str], version: int) -> None:
+        self._versions[key] = version
+        self._versions.move_to_end(key)
+        if len(self._versions) > VERSIONED:
+            self._versions.popitem(last=False)
 
     def spoiled(self, since: int, tenant: str, tags: tuple[str, ...]) -> bool:
         """Whether what began when ``number`` was ``since`` has been called off."""

@@ -1,23 +1,25 @@
-"""Token buckets per authenticated tenant: requests and, where a rate is set, model tokens.
+"""Who may ask how much: everybody together, each tenant, each of a tenant's users, and each class that has a cap.
 
-Tokens are reserved on admission, when the length of the answer is not known, and settled when it ended: a refund, or a
-debt that may take the bucket below zero. Knows no keys and no classes: who the tenant is was decided at the ingress.
-A token bucket over integers (ATM Forum's GCRA in its leaky-bucket form); reserve and settle as in ``token-throttle``.
+Requests and, where a rate is set, model tokens. All levels are looked at before any is charged, so that who is refused
+by one has cost the others nothing. Tokens are reserved on admission, when the length of the answer is not known, and
+settled when it ended: a refund, or a debt that may take a bucket below zero. A critical class with a cap of its own
+answers to that alone: no flood of anything else can use up what it needs, and it cannot be a flood itself. Knows no
+keys: who the tenant is was decided at the ingress, who the user is by the tenant. Arithmetic in ``gcra.py``; reserve
+and settle as in ``token-throttle``.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal
 
-from engine.config import LimiterConfig, TenantConfig
-from engine.units import S_NS, ceil_div, s_to_ns
+from engine.config import ClassConfig, LimiterConfig, TenantConfig
+from engine.policy.gcra import UNIT, UNLIMITED, Gcra, Grant, grant, grant_for
 from engine.values import Struct
 
-NANO = 1_000_000_000
-UNIT = NANO * S_NS  # levels count 10**-18 requests (or tokens): elapsed_ns times a rate in nano-units a second, exactly
-ENDLESS = 1e15  # a rate of `inf` in a file means "no limit", and this is one
-SWEPT_PER_CALL = 4  # a call adds one bucket at most, so looking at more than one keeps the table near its live size
+Scope = Literal["total", "tenant", "user", "class"]
+EVERYBODY = ""
+OF_SCOPE = {"total": "overloaded"}  # a code of its own: not this client's doing
 
 
 class Verdict(Struct):
@@ -25,144 +27,211 @@ class Verdict(Struct):
 
     ok: bool
     retry_after_ns: int | None = None
+    scope: Scope = "tenant"  # whose limit it was
 
 
 class LimiterStats(Struct):
-    """What happened so far, and for how many tenants a bucket that is not full is remembered."""
+    """What happened so far, and of how many tenants and users a bucket that is not full is remembered."""
 
     allowed: int
     limited: int
     tenants: int
+    users: int = 0
+    by_scope: tuple[tuple[Scope, int], ...] = ()  # limited, by whose limit
 
 
-class _Grant(NamedTuple):
-    """Rates in nano-units a second, capacities in units of 10**-18. A token rate of 0 means unlimited."""
-
-    request_rate: int
-    request_cap: int
-    token_rate: int
-    token_cap: int
+OK = Verdict(ok=True)
 
 
-class _Bucket:
-    """Levels at ``at_ns``. From ``full_ns`` on it equals a new bucket and may be forgotten."""
+class _Level:
+    """Requests and model tokens of one kind of key."""
 
-    __slots__ = ("at_ns", "full_ns", "grant", "requests", "tokens")
+    __slots__ = ("limited", "requests", "scope", "tokens")
 
-    def __init__(self, now_ns: int, grant: _Grant) -> None:
-        self.at_ns = self.full_ns = now_ns
-        self.grant = grant
-        self.requests = grant.request_cap
-        self.tokens = grant.token_cap
+    def __init__(self, scope: Scope, requests: Gcra[Any], tokens: Gcra[Any] | None) -> None:
+        self.scope, self.requests, self.tokens = scope, requests, tokens
+        self.limited = 0
 
-    def refill(self, now_ns: int) -> None:
-        elapsed_ns, grant = now_ns - self.at_ns, self.grant
-        self.at_ns = now_ns
-        self.requests = min(grant.request_cap, self.requests + elapsed_ns * grant.request_rate)
-        self.tokens = min(grant.token_cap, self.tokens + elapsed_ns * grant.token_rate)
+    def wait_ns(self, now_ns: int, key: Hashable, cost: int) -> int | None:
+        wait_ns = self.requests.wait_ns(now_ns, key, UNIT)
+        if self.tokens is None or wait_ns is None:
+            return wait_ns
+        more_ns = self.tokens.wait_ns(now_ns, key, cost)
+        return None if more_ns is None else max(wait_ns, more_ns)
 
-    def wait_ns(self, requests: int, tokens: int) -> int:
-        """Time from ``at_ns`` until both levels are there."""
-        wait_ns = max(0, ceil_div(requests - self.requests, self.grant.request_rate))
-        if self.grant.token_rate:
-            wait_ns = max(wait_ns, ceil_div(tokens - self.tokens, self.grant.token_rate))
-        return wait_ns
+    def charge(self, now_ns: int, key: Hashable, cost: int) -> None:
+        self.requests.charge(now_ns, key, UNIT)
+        if self.tokens is not None:
+            self.tokens.charge(now_ns, key, cost)
 
-    def charge(self, requests: int, tokens: int) -> None:
-        grant = self.grant
-        self.requests -= requests
-        if grant.token_rate:
-            self.tokens = max(-grant.token_cap, min(grant.token_cap, self.tokens - tokens))
-        self.full_ns = self.at_ns + self.wait_ns(grant.request_cap, grant.token_cap)
+    def sweep(self, now_ns: int) -> None:
+        self.requests.sweep(now_ns)
+        if self.tokens is not None:
+            self.tokens.sweep(now_ns)
+
+    def knows(self, key: Hashable) -> bool:
+        return self.requests.knows(key) or (self.tokens is not None and self.tokens.knows(key))
+
+    def size(self) -> int:
+        """Entries of the larger table."""
+        return max(len(self.requests), 0 if self.tokens is None else len(self.tokens))
+
+    def remembered(self) -> int:
+        """Keys whose requests or tokens are not paid back."""
+        if self.tokens is None or not len(self.tokens):
+            return len(self.requests)
+        return len(dict.fromkeys((*self.requests.keys(), *self.tokens.keys())))
+
+    def check(self, now_ns: int) -> None:
+        self.requests.check(now_ns)
+        if self.tokens is not None:
+            self.tokens.check(now_ns)
 
 
 class Limiter:
-    """One bucket per tenant that has spent something lately."""
+    """One bucket for each level and key that has spent something lately."""
 
-    def __init__(self, config: LimiterConfig, tenants: dict[str, TenantConfig]) -> None:
-        self._enabled = config.enabled
-        self._default = _grant(config, TenantConfig())
-        self._grants = {name: _grant(config, tenant) for name, tenant in tenants.items()}
-        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+    def __init__(
+        self, config: LimiterConfig, tenants: Mapping[str, TenantConfig],
+        classes: Mapping[str, ClassConfig] | None = None,
+    ) -> None:
+        """``classes``: for their caps; none by default."""
+        self._enabled, self._users_most = config.enabled, config.users_most
+        self._tenants = _level(
+            "tenant", _grant(config, TenantConfig()), {name: _grant(config, own) for name, own in tenants.items()}
+        )
+        self._total = self._users = self._caps = None
+        if config.total_rps:
+            self._total = _level("total", (grant_for(config.total_rps, config.total_burst_s), UNLIMITED), {})
+        if config.user_rps or config.user_tokens_per_s:
+            rates = config.user_rps, config.user_tokens_per_s
+            self._users = _level("user", _user_grant(*rates, config.user_burst_s, config.token_burst_s), {})
+        self._capped = {name: cls.priority == 0 for name, cls in (classes or {}).items() if cls.cap_rps}
+        if self._capped:
+            caps = {name: (_cap(cls), UNLIMITED) for name, cls in (classes or {}).items() if cls.cap_rps}
+            self._caps = _level("class", (UNLIMITED, UNLIMITED), caps)
+        self._single = not (self._total or self._users or self._caps)
         self._now_ns = 0
         self._allowed = self._limited = 0
 
-    def take(self, now_ns: int, tenant: str, tokens: int) -> Verdict:
-        """One request and ``tokens`` model tokens: both or nothing."""
+    def take(
+        self, now_ns: int, tenant: str, tokens: int, user: bytes = b"", traffic_class: str = ""
+    ) -> Verdict:
+        """One request and ``tokens`` model tokens, from every level that it belongs to: from all or from none.
+
+        ``user``: b"" = the tenant names none, or all.
+        """
         assert tokens >= 0, f"tokens must not be negative: {tokens}"
         if not self._enabled:
             self._allowed += 1
-            return Verdict(ok=True)
-        self._advance(now_ns)
-        bucket, cost = self._bucket(tenant), tokens * UNIT
-        grant = bucket.grant
-        if grant.request_cap < UNIT or (grant.token_rate and cost > grant.token_cap):
-            self._limited += 1
-            return Verdict(ok=False)
-        if wait_ns := bucket.wait_ns(UNIT, cost):
-            self._limited += 1
-            return Verdict(ok=False, retry_after_ns=self._now_ns - now_ns + wait_ns)
-        bucket.charge(UNIT, cost)
-        self._buckets[tenant] = bucket
+            return OK
+        # One high-water mark for all: a clock that steps back refills nothing twice, not even for a forgotten bucket.
+        behind_ns = 0
+        if now_ns < self._now_ns:
+            behind_ns, now_ns = self._now_ns - now_ns, self._now_ns
+        self._now_ns = now_ns
+        cost = tokens * UNIT
+        if self._single:
+            wait_ns = self._tenants.wait_ns(now_ns, tenant, cost)
+            if wait_ns != 0:
+                return self._refuse(now_ns, self._tenants, wait_ns, behind_ns)
+            self._tenants.charge(now_ns, tenant, cost)
+            self._allowed += 1
+            return OK
+        levels = self._levels(tenant, user, traffic_class)
+        longest_ns, worst = 0, self._tenants
+        for level, key in levels:
+            wait_ns = level.wait_ns(now_ns, key, cost)
+            if wait_ns is None:
+                return self._refuse(now_ns, level, None, behind_ns)
+            if wait_ns > longest_ns:
+                longest_ns, worst = wait_ns, level
+        if longest_ns:
+            return self._refuse(now_ns, worst, longest_ns, behind_ns)
+        for level, key in levels:
+            level.charge(now_ns, key, cost)
         self._allowed += 1
-        return Verdict(ok=True)
+        return OK
 
-    def settle(self, now_ns: int, tenant: str, reserved_tokens: int, used_tokens: int) -> None:
-        """Exchange a reservation for what was used. Debt is bounded by one burst, so a tenant is never locked out."""
+    def _refuse(self, now_ns: int, level: _Level, wait_ns: int | None, behind_ns: int) -> Verdict:
+        self._limited += 1
+        level.limited += 1
+        level.sweep(now_ns)
+        return Verdict(ok=False, retry_after_ns=None if wait_ns is None else behind_ns + wait_ns, scope=level.scope)
+
+    def _levels(self, tenant: str, user: bytes, traffic_class: str) -> list[tuple[_Level, Hashable]]:
+        """From the one that is cheapest to be refused by."""
+        levels: list[tuple[_Level, Hashable]] = []
+        if self._caps is not None and traffic_class in self._capped:
+            levels.append((self._caps, traffic_class))
+            if self._capped[traffic_class]:
+                return levels
+        if self._total is not None:
+            levels.append((self._total, EVERYBODY))
+        levels.append((self._tenants, tenant))
+        if self._users is not None and user and self._may_watch(tenant, user):
+            levels.append((self._users, (tenant, user)))
+        return levels
+
+    def _may_watch(self, tenant: str, user: bytes) -> bool:
+        """A table that is full of debtors takes in nobody new, and forgets nobody: the tenant's limit still holds."""
+        assert self._users is not None
+        return self._users.size() < self._users_most or self._users.knows((tenant, user))
+
+    def settle(
+        self, now_ns: int, tenant: str, reserved_tokens: int, used_tokens: int, user: bytes = b"",
+        traffic_class: str = "",
+    ) -> None:
+        """Exchange a reservation for what was used. Debt is bounded by one burst, so nobody is locked out for good."""
         assert min(reserved_tokens, used_tokens) >= 0, f"tokens must not be negative: {reserved_tokens}, {used_tokens}"
         if not self._enabled:
             return
-        self._advance(now_ns)
-        bucket = self._bucket(tenant)
-        if bucket.grant.token_rate:
-            bucket.charge(0, (used_tokens - reserved_tokens) * UNIT)
-            self._buckets[tenant] = bucket
+        self._now_ns = now_ns = max(self._now_ns, now_ns)
+        if not (units := (used_tokens - reserved_tokens) * UNIT):
+            return
+        for level, key in self._levels(tenant, user, traffic_class):
+            if level.tokens is not None:
+                level.tokens.charge(now_ns, key, units)
 
     def stats(self) -> LimiterStats:
         """Counters since the start."""
-        return LimiterStats(allowed=self._allowed, limited=self._limited, tenants=len(self._buckets))
+        levels = [level for level in (self._total, self._tenants, self._users, self._caps) if level is not None]
+        return LimiterStats(
+            self._allowed, self._limited, self._tenants.remembered(), self._users.remembered() if self._users else 0,
+            tuple((level.scope, level.limited) for level in levels if level.limited),
+        )
 
     def check(self) -> None:
         """Invariants."""
-        for tenant, bucket in self._buckets.items():
-            grant = bucket.grant
-            assert 0 <= bucket.requests <= grant.request_cap, f"requests between nothing and the burst: {tenant}"
-            assert -grant.token_cap <= bucket.tokens <= grant.token_cap, f"debt and tokens within one burst: {tenant}"
-            assert bucket.at_ns <= self._now_ns, f"no bucket is ahead of the clock: {tenant}"
-            due_ns = bucket.at_ns + bucket.wait_ns(grant.request_cap, grant.token_cap)
-            assert max(bucket.full_ns, bucket.at_ns) == due_ns, f"a bucket is forgotten when it is full: {tenant}"
-        assert self._enabled or not self._buckets, "a limiter that is off remembers nobody"
-
-    def _advance(self, now_ns: int) -> None:
-        # One high-water mark for all: a clock that steps back refills nothing twice, not even for a forgotten bucket.
-        self._now_ns = max(self._now_ns, now_ns)
-        buckets = self._buckets
-        for _ in range(min(SWEPT_PER_CALL, len(buckets))):
-            tenant = next(iter(buckets))
-            if buckets[tenant].full_ns <= self._now_ns:
-                del buckets[tenant]
-            else:
-                buckets.move_to_end(tenant)
-
-    def _bucket(self, tenant: str) -> _Bucket:
-        bucket = self._buckets.get(tenant)
-        if bucket is None:
-            return _Bucket(self._now_ns, self._grants.get(tenant, self._default))
-        bucket.refill(self._now_ns)
-        return bucket
+        for level in (self._total, self._tenants, self._users, self._caps):
+            if level is not None:
+                level.check(self._now_ns)
+                assert self._enabled or not level.remembered(), "a limiter that is off remembers nobody"
+        assert self._users is None or self._users.size() <= self._users_most, "users: no more than allowed"
 
 
-def _grant(config: LimiterConfig, tenant: TenantConfig) -> _Grant:
+def _level(scope: Scope, default: tuple[Grant, Grant], own: dict[str, tuple[Grant, Grant]]) -> _Level:
+    grants = {key: requests for key, (requests, _) in own.items()}
+    tokens = {key: tokens for key, (_, tokens) in own.items()}
+    limited = any(each.rate for each in (default[1], *tokens.values()))
+    return _Level(scope, Gcra(default[0], grants), Gcra(default[1], tokens) if limited else None)
+
+
+def _grant(config: LimiterConfig, tenant: TenantConfig) -> tuple[Grant, Grant]:
     rate_rps = config.rate_rps if tenant.rate_rps is None else tenant.rate_rps
     burst = config.burst if tenant.burst is None else tenant.burst
     tokens_per_s = config.tokens_per_s if tenant.tokens_per_s is None else tenant.tokens_per_s
-    token_rate = _nano(tokens_per_s) if tokens_per_s else 0
-    return _Grant(
-        request_rate=_nano(rate_rps), request_cap=_nano(burst) * S_NS,
-        token_rate=token_rate, token_cap=token_rate * s_to_ns(min(config.token_burst_s, ENDLESS)),
-    )
+    return grant(rate_rps, burst), grant_for(tokens_per_s, config.token_burst_s)
 
 
-def _nano(amount: float) -> int:
-    # At least 1: a rate so small that it rounds to nothing must not turn into "unlimited" or a division by zero.
-    return max(1, round(min(amount, ENDLESS) * NANO))
+def _user_grant(rps: float, tokens_per_s: float, burst_s: float, token_burst_s: float) -> tuple[Grant, Grant]:
+    return (_at_least_one(rps, burst_s) if rps else UNLIMITED), grant_for(tokens_per_s, token_burst_s)
+
+
+def _cap(cls: ClassConfig) -> Grant:
+    return _at_least_one(cls.cap_rps, 1.0)
+
+
+def _at_least_one(rps: float, burst_s: float) -> Grant:
+    """A bucket that holds less than one request would let nobody pass."""
+    return grant(rps, max(1.0, rps * burst_s))

@@ -1,18 +1,22 @@
-"""Overload level 0 normal, 1 brown-out, 2 degraded, 3 shed: from how long the oldest request of a class has waited.
+"""Overload level 0 normal, 1 brown-out, 2 degraded, 3 shed, 4 emergency: by how long the oldest of a class has waited.
 
-A class's age is measured against its own TTFT SLO. Up at once, down one level after some quiet windows. Knows neither
-queue lengths nor service rates, and not what a level means: that is the gateway's to say.
+A class's age is measured against its own TTFT SLO. Waiting alone calls for level 1; the higher ones say which share of
+the work ``admission.py`` lets in. Up at once; down after some quiet windows, to what the loudest of them called for.
+Second tries beyond their budget go first (``retries.py``). Knows neither queue lengths nor service rates.
 Signal: head-of-line delay as in CoDel and DAGOR; hysteresis as in Breakwater. The study behind it is in ``README.md``.
 """
 
 from __future__ import annotations
 
-from engine.config import ClassConfig, OverloadConfig
-from engine.events import PRIORITY
+from engine.config import ClassConfig, OverloadConfig, RetryConfig
+from engine.events import PRIORITY, Arrive
+from engine.policy.admission import Admission
+from engine.policy.retries import RetryBudget, RetryStats
 from engine.units import S_NS, ms_to_ns
 from engine.values import Struct
 
-LEVELS = 4
+LEVELS = 5
+BROWNOUT, SHED = 1, 3
 SHEDDABLE_HIGHEST = 2  # waiting sheddable work must never get standard work shed: lowest first
 
 
@@ -32,6 +36,8 @@ class OverloadStats(Struct):
     rises: int
     falls: int
     level_ns: tuple[int, ...]
+    share_millionths: int = 2_000_000  # of the work that is let in: the upper million is sheddable work's
+    retries: RetryStats = RetryStats()
 
 
 class Overload:
@@ -42,8 +48,12 @@ class Overload:
     there is none, and after a pause what is waiting now is all the evidence there is.
     """
 
-    def __init__(self, config: OverloadConfig, classes: dict[str, ClassConfig]) -> None:
+    def __init__(
+        self, config: OverloadConfig, classes: dict[str, ClassConfig], retry: RetryConfig | None = None
+    ) -> None:
         self.level = 0
+        self.admission, self._retries = Admission(config, classes), RetryBudget(retry or RetryConfig())
+        self._graded = config.graded
         self._enabled = config.enabled
         self._window_ns = config.window_ns
         self._quiet_windows = config.quiet_windows
@@ -52,14 +62,14 @@ class Overload:
             (
                 name,
                 tuple(round(share * ms_to_ns(cls.slo_ttft_ms)) for share in shares),
-                SHEDDABLE_HIGHEST if cls.priority == PRIORITY["sheddable"] else LEVELS - 1,
+                BROWNOUT if config.graded else SHEDDABLE_HIGHEST if cls.priority == PRIORITY["sheddable"] else SHED,
             )
             for name, cls in classes.items()
         ]
         self._now_ns: int | None = None
         self._window_from_ns = 0
         self._worst: int | None = None  # highest raw level seen in this window
-        self._quiet = 0
+        self._quiet = self._calmest = 0  # calm windows in a row, and the highest level that one of them called for
         self._waits = False
         self._rises = self._falls = 0
         self._level_ns = [0] * LEVELS
@@ -80,11 +90,13 @@ class Overload:
             return None
         before = self.level
         raw, traffic_class, age_ns = self._raw(now_ns, oldest_ns, predicted_ns or {})
+        self.admission.observe(now_ns, oldest_ns, predicted_ns)
+        raw = max(raw, self.admission.level)
         self._waits = bool(traffic_class)
         self._roll(now_ns, raw)
         if raw > self.level:
             self.level = raw
-            self._window_from_ns, self._worst, self._quiet = now_ns, None, 0
+            self._window_from_ns, self._worst, self._quiet, self._calmest = now_ns, None, 0, 0
         if self.level == before:
             return None
         if self.level > before:
@@ -93,13 +105,23 @@ class Overload:
             self._falls += 1
         return LevelChange(now_ns, self.level, traffic_class, age_ns)
 
-    def sheds(self, priority: int) -> bool:
-        """Level 2 keeps sheddable work from the model, level 3 standard work too; critical work never."""
-        return priority > 0 and self.level >= 4 - priority
+    def arrived(self, ask: Arrive) -> None:
+        """Somebody asks, for the first time or again."""
+        self._retries.arrived(ask.tenant, ask.attempt)
+
+    def sheds(self, ask: Arrive, priority: int, now_ns: int) -> bool:
+        """Whether it is kept from the model: second tries beyond the budget first, then whom the share leaves out.
+
+        Not graded, level 2 keeps out all sheddable work and level 3 all standard work. Critical work never is.
+        """
+        if not priority or not self.level:
+            return False
+        out = not self.admission.admits(ask, priority, now_ns) if self._graded else self.level >= SHED + 1 - priority
+        return out or bool(ask.attempt and not self._retries.take(ask.tenant))
 
     def calm_ns(self, priority: int) -> int:
         """Earliest moment at which the level can have fallen far enough for it: an honest Retry-After."""
-        down = self.level - (4 - priority) + 1
+        down = max(1, self.level - (4 - priority) + 1) if not self._graded else 1
         return max(S_NS, down * self._quiet_windows * self._window_ns)
 
     def next_wake_ns(self) -> int | None:
@@ -108,13 +130,19 @@ class Overload:
 
     def stats(self) -> OverloadStats:
         """The level now, how often it moved, and how long it stayed."""
-        return OverloadStats(self.level, self._rises, self._falls, tuple(self._level_ns))
+        return OverloadStats(
+            self.level, self._rises, self._falls, tuple(self._level_ns), self.admission.share, self._retries.stats()
+        )
 
     def check(self) -> None:
         """Invariants."""
-        assert 0 <= self.level < LEVELS, "the level is one of four"
+        self.admission.check()
+        self._retries.check()
+        assert 0 <= self.level < LEVELS, "the level is one of five"
         assert self._enabled or self.level == 0, "a controller that is off stays at level 0"
         assert 0 <= self._quiet < self._quiet_windows, "quiet windows end in a step down"
+        assert self._calmest < max(self.level, 1), "calm windows call for less"
+        assert not self._enabled or self.level >= self.admission.level, "the level never lags behind the share"
         assert self._now_ns is None or not self._enabled or (
             self._window_from_ns <= self._now_ns < self._window_from_ns + self._window_ns
         ), "the current window holds the last observation"
@@ -146,9 +174,10 @@ class Overload:
         self._window_from_ns += self._window_ns
         self._worst = None
         if worst >= self.level:
-            self._quiet = 0
+            self._quiet = self._calmest = 0
             return
         self._quiet += 1
+        self._calmest = max(self._calmest, worst)
         if self._quiet == self._quiet_windows:
-            self.level -= 1
-            self._quiet = 0
+            self.level = self._calmest
+            self._quiet = self._calmest = 0

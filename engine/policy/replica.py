@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from engine.config import ReplicaConfig
 from engine.events import (
+    SID_BITS,
     Abort,
     Drain,
     Ended,
@@ -59,7 +60,7 @@ class Replica:
         self._began_ns = 0
         self._full = False  # it leaves something waiting
         self._draining = False
-        self._acked_sid = -1
+        self._acked_sids: dict[int, int] = {}  # gateway -> its highest submission seen
         self._ended = self._preemptions = 0
         self._told: Pressure | None = None
 
@@ -92,7 +93,8 @@ class Replica:
 
     def _submit(self, ask: Submit, out: list[ReplicaAction]) -> None:
         assert ask.sid not in self.batcher.sequences, "submit: the driver never repeats a sid"
-        self._acked_sid = max(self._acked_sid, ask.sid)
+        gateway = ask.sid >> SID_BITS
+        self._acked_sids[gateway] = max(ask.sid, self._acked_sids.get(gateway, -1))
         if self._draining:
             out.append(Ended(ask.sid, "draining"))
         elif not self.batcher.fits(ask):
@@ -184,11 +186,13 @@ class Replica:
             for name, sent in batcher.unseen.classes.items()
             if sent
         )
+        acked_sids = tuple(self._acked_sids.values())
         return Pressure(
-            replica=self.config.index, acked_sid=self._acked_sid, running=len(batcher.running), waiting=waiting,
-            queued_tokens=batcher.queued_tokens, free_blocks=batcher.pool.available,
+            replica=self.config.index, acked_sid=max(acked_sids, default=-1), running=len(batcher.running),
+            waiting=waiting, queued_tokens=batcher.queued_tokens, free_blocks=batcher.pool.available,
             backlog_tokens=tuple(self.backlog.tokens) if self.config.forecast else (),
             prefill_tps=self.pace.tps() if self.config.forecast else 0,
+            acked_sids=acked_sids if len(acked_sids) > 1 else (),
         )
 
     def stats(self) -> ReplicaStats:

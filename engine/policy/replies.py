@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from engine.cache_config import ExactConfig
 from engine.config import GatewayConfig, LimiterConfig
-from engine.events import Answer, GatewayAction, Reject, Tier
+from engine.events import Answer, EndReason, GatewayAction, Reject, Tier
 from engine.policy.exact import Entry
 from engine.policy.limiter import Limiter
 from engine.policy.semantic import SemanticEntry, SemanticHit
 from engine.policy.trip import Trip
-from engine.units import s_to_ns
+from engine.units import S_NS, s_to_ns
+
+WHY: dict[EndReason, tuple[str, int | None]] = {
+    "failed": ("model_failed", None), "refused": ("model_failed", None), "lost": ("replica_lost", S_NS),
+    "busy": ("upstream_busy", S_NS),
+}
+JITTERS = 4093  # a prime: what a draw's other uses read of it says nothing of this
+
+
+def code_of(reason: EndReason) -> tuple[str, int | None]:
+    """The code for a submission that brought no answer, and when it makes sense to come again."""
+    return WHY.get(reason, ("deadline_exceeded", None))
 
 
 class Replies:
@@ -20,6 +31,7 @@ class Replies:
         self._fallbacks = Limiter(LimiterConfig(rate_rps=rate, burst=max(1.0, rate)), {})
         self._outbox = outbox
         self._exact: ExactConfig = config.exact
+        self._jitter = round(config.retry.jitter_share * 1_000_000)
 
     def same(self, now_ns: int, trip: Trip, entry: Entry) -> bool:
         """From the exact cache. True: it is old enough to be renewed meanwhile."""
@@ -37,6 +49,7 @@ class Replies:
     def _serve(self, now_ns: int, trip: Trip, tier: Tier, entry: Entry | SemanticEntry) -> None:
         """An answer that another request has had."""
         trip.tier, trip.source, trip.first_ns = tier, entry.source, now_ns
+        trip.leads = False  # it may have led a flight that brought nothing
         trip.output_tokens, trip.answer_id = entry.output_tokens, entry.answer_id
         trip.close(now_ns, "served")
         age_ns = now_ns - entry.stored_ns
@@ -65,6 +78,9 @@ class Replies:
 
     def reject(self, now_ns: int, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         """A code, and when to come again."""
+        if retry_after_ns is not None:  # never sooner than it makes sense, and not everybody at that moment
+            jitter = self._jitter * (trip.ask.draw % JITTERS) // JITTERS
+            retry_after_ns += retry_after_ns * jitter // 1_000_000
         trip.error_code = code
         trip.close(now_ns, "failed" if code in ("model_failed", "replica_lost") else "rejected")
         self._outbox.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))

@@ -4,9 +4,12 @@ Ahead of a request lies what this gateway has sent there and not seen done, or w
 whichever is more. Of its own prompt, what the replica has in its prefix cache is free; the router remembers which
 blocks it sent where, as far as that fits, and guesses the rest. With KV events it need not guess: it knows what is
 there, and counts as there what an open submission is about to compute. A replica that is far behind the others is not
-asked for what it remembers: a popular prompt would keep it there. The gateway's own account is never stale, so there is
-no need for the two random choices that polled statistics call for. Method: NVIDIA Dynamo's cost (blocks to prefill plus
-blocks in decode, predicted when routing), Ray Serve's rule (affinity only while balanced).
+asked for what it remembers: a popular prompt would keep it there. The gateway's own account is never stale; what it
+knows of work that others send there can be. A replica that has something of ours and shows no progress for ``stale_ms``
+may be full of theirs, and all gateways would go to where each of them thinks that there is nothing to do. Then two are
+drawn, and the better one of these is taken: whoever looks best gets two shares at most. Method: NVIDIA Dynamo's cost
+(blocks to prefill plus blocks in decode, predicted when routing), Ray Serve's rule (affinity only while balanced), the
+power of two choices under stale information (Mitzenmacher 2000).
 """
 
 from __future__ import annotations
@@ -17,7 +20,17 @@ from dataclasses import dataclass, field
 
 from engine.config import RouterConfig
 from engine.events import Arrive
+from engine.units import ms_to_ns
 from engine.values import Struct
+
+
+def two_of(candidates: Sequence[int], draw: int) -> Sequence[int]:
+    """Two of them, by lot; ``draw`` is uniform in [0, 2**62)."""
+    count = len(candidates)
+    if count <= 2:
+        return candidates
+    first, second = draw % count, draw // count % (count - 1)
+    return candidates[first], candidates[second + (second >= first)]
 
 
 class RouterStats(Struct):
@@ -40,6 +53,7 @@ class _Lane:
     blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # guessed; least recently sent first
     cached: set[bytes] = field(default_factory=set)  # told by events
     coming: dict[bytes, int] = field(default_factory=dict)  # by how many open submissions without a token yet
+    silent_ns: int | None = None  # since it was sent something, without a sign of progress; None = there was one
 
 
 @dataclass(slots=True)
@@ -57,19 +71,26 @@ class Router:
         self._config, self._block_tokens = config, block_tokens
         self._lanes = [_Lane() for _ in range(replicas)]
         self._loads: dict[int, _Load] = {}  # by sid
+        self._stale_ns = ms_to_ns(config.stale_ms)
         self._events = config.kv_events and replicas > 1  # as ``config.replica_config`` has them sent
 
-    def choose(self, candidates: Sequence[int], ask: Arrive) -> int:
+    def choose(self, now_ns: int, candidates: Sequence[int], ask: Arrive) -> int:
         """The replica of ``candidates`` (one at least) with the least to do before this request is through."""
         lanes = self._lanes
+        if any(self._is_stale(now_ns, lanes[r]) for r in candidates):
+            candidates = two_of(candidates, ask.draw)
         least = min(self._ahead(lanes[r]) for r in candidates)
         balanced = [r for r in candidates if self._ahead(lanes[r]) <= least + self._config.imbalance_tokens]
         # at a tie, whoever has had fewest: calm traffic is spread too
         return min(balanced, key=lambda r: (self._ahead(lanes[r]) + self._to_compute(lanes[r], ask), lanes[r].sent, r))
 
-    def sent(self, sid: int, replica: int, ask: Arrive) -> None:
+    def _is_stale(self, now_ns: int, lane: _Lane) -> bool:
+        return 0 < self._stale_ns < now_ns - (now_ns if lane.silent_ns is None else lane.silent_ns)
+
+    def sent(self, now_ns: int, sid: int, replica: int, ask: Arrive) -> None:
         """Submitted just now."""
         lane = self._lanes[replica]
+        lane.silent_ns = now_ns if lane.silent_ns is None else lane.silent_ns
         load = _Load(replica, self._to_compute(lane, ask), self._config.answer_weight * ask.max_tokens)
         self._loads[sid] = load
         lane.sent += 1
@@ -89,6 +110,7 @@ class Router:
     def started(self, sid: int) -> None:
         """Its prompt is computed."""
         if load := self._loads.get(sid):
+            self._lanes[load.replica].silent_ns = None
             self._lanes[load.replica].ahead_tokens -= load.prompt_tokens
             load.prompt_tokens = 0
             self._arrived(load)
@@ -96,12 +118,16 @@ class Router:
     def ended(self, sid: int) -> None:
         """It is through, or given up."""
         if load := self._loads.pop(sid, None):
+            self._lanes[load.replica].silent_ns = None
             self._lanes[load.replica].ahead_tokens -= load.prompt_tokens + load.answer_tokens
             self._arrived(load)
 
     def hear(self, replica: int, queued_tokens: int) -> None:
         """A replica's own word on what it has queued, whoever sent it."""
-        self._lanes[replica].said_tokens = queued_tokens
+        lane = self._lanes[replica]
+        if queued_tokens < lane.said_tokens:
+            lane.silent_ns = None
+        lane.said_tokens = queued_tokens
 
     def hear_kv(self, replica: int, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
         """A replica's own word on what became findable in its prefix cache, and what no longer is."""
@@ -111,7 +137,7 @@ class Router:
 
     def lose(self, replica: int) -> None:
         """Its queue and its prefix cache are gone; its submissions end one by one."""
-        self._lanes[replica].said_tokens = 0
+        self._lanes[replica].said_tokens, self._lanes[replica].silent_ns = 0, None
         self._lanes[replica].blocks.clear()
         self._lanes[replica].cached.clear()
 

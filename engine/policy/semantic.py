@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from engine.cache_config import SemanticConfig
-from engine.events import Arrive, Invalidate, Neighbour, TextMarks
+from engine.events import Arrive, Invalidate, KeptQuestion, Neighbour, TextMarks
+from engine.events import SemanticEntry as SemanticEntry
 from engine.policy.choice import rule_of
 from engine.policy.rules import DRAWS, Candidate, Key, Lesson, RuleStats
 from engine.policy.tags import TagIndex, meant
@@ -20,26 +21,6 @@ from engine.units import s_to_ns
 from engine.values import Struct
 
 EXPIRED_PER_PUT = 2  # more than a put adds, so what nobody asks for again leaves too
-
-
-class SemanticEntry(Struct):
-    """An answered question: by the request ``source``, at ``stored_ns``."""
-
-    hard_key: bytes
-    text_key: bytes
-    answer_id: str
-    stored_ns: int
-    source: str
-    output_tokens: int
-    tenant: str = ""
-    tags: tuple[str, ...] = ()
-    marks: TextMarks = TextMarks()
-    asker: bytes = b""
-
-    @property
-    def key(self) -> Key:
-        """Under which it lies."""
-        return self.hard_key, self.text_key
 
 
 class SemanticHit(Struct):
@@ -91,8 +72,9 @@ class SemanticStats(Struct):
 class SemanticCache:
     """Entries by hard key and text key; the driver's index holds a vector for each of them."""
 
-    def __init__(self, config: SemanticConfig, identity: Callable[[str], str] = str) -> None:
-        """``identity``: answers to which it gives the same name say the same; "" = not known."""
+    def __init__(self, config: SemanticConfig, identity: Callable[[bytes, str], str] = lambda _, answer_id: answer_id
+    ) -> None:
+        """``identity``: answers to which it gives the same name, under a hard key, say the same; "" = not known."""
         self._config, self._identity = config, identity
         self.rule = rule_of(config)
         self._ttl_ns = s_to_ns(config.ttl_s)
@@ -112,33 +94,39 @@ class SemanticCache:
     ) -> Decision:
         """What the rule makes of the nearest questions. ``flying``: marks of one that may be waited for, or None."""
         near: list[Candidate] = []
+        under_way: set[Key] = set()
         suspect: Comparison | None = None
         for neighbour in neighbours:  # nearest first
             key = (ask.hard_key, neighbour.text_key)
             cosine = neighbour.cosine_millionths
             entry = self._entries.get(key)
-            if entry is None or now_ns - entry.stored_ns > self._keep_ns:
-                if (marks := flying(key)) is not None:
-                    near.append(Candidate(key, cosine, "", marks))
-                continue  # else it left while the question was under way
+            age_ns = now_ns - entry.stored_ns if entry is not None else self._keep_ns + 1
+            servable = age_ns <= (self._keep_ns if relaxed else self._ttl_ns)
+            if not servable and (marks := flying(key)) is not None:
+                under_way.add(key)  # perhaps a new answer in place of an old one
+                near.append(Candidate(key, cosine, "", marks))
+                continue
+            if entry is None or age_ns > self._keep_ns:
+                continue  # it left while the question was under way
             if not self._trusted(entry, ask.asker):
                 if suspect is None and cosine >= self._near_enough:
                     suspect = Comparison(entry, cosine, lesson=False)
                 continue
-            young = now_ns - entry.stored_ns <= self._ttl_ns
-            near.append(Candidate(key, cosine, self._identity(entry.answer_id), entry.marks, young or relaxed))
+            said_here = self._identity(entry.hard_key, entry.answer_id)
+            near.append(Candidate(key, cosine, said_here, entry.marks, servable))
         said = self.rule.judge(ask.marks, near, relaxed, ask.draw // DRAWS)
         if said.serve is None:
             self._misses += 1
             compare = () if suspect is None else (suspect,)
-            if said.compare is not None and (old := self._entries.get(near[said.compare].key)):
-                compare = (*compare, Comparison(old, near[said.compare].cosine_millionths, lesson=True))
+            beside = near[said.compare] if said.compare is not None else None
+            if beside is not None and beside.key not in under_way:
+                compare = (*compare, Comparison(self._entries[beside.key], beside.cosine_millionths, lesson=True))
             return Decision(compare=compare)
         chosen = near[said.serve]
-        entry = self._entries.get(chosen.key)
-        if entry is None or now_ns - entry.stored_ns > self._keep_ns:
+        if chosen.key in under_way:
             self._rides += 1
             return Decision(ride=Ride(chosen.key, chosen.cosine_millionths))
+        entry = self._entries[chosen.key]
         self._entries.move_to_end(chosen.key)
         approximate = said.approximate or now_ns - entry.stored_ns > self._ttl_ns
         self._hits += not approximate
@@ -190,6 +178,26 @@ class SemanticCache:
                 self._drop(oldest)
         while len(self._entries) > self._config.max_entries:
             self._drop(next(iter(self._entries.values())))
+
+    def take_back(self, kept: KeptQuestion, now_ns: int) -> bool:
+        """An entry of a former life, no less in quarantine than it was. False: too old, or there is one already."""
+        entry = kept.entry
+        if entry.key in self._entries or now_ns - entry.stored_ns > self._keep_ns:
+            return False
+        self.put(entry, now_ns)
+        if kept.trusted or len(kept.agreed) >= self._config.quarantine:
+            self._agreed.pop(entry.key, None)
+        else:
+            self._agreed[entry.key] = kept.agreed
+        return True
+
+    def kept(self) -> list[KeptQuestion]:
+        """All, least recently used first, as ``take_back`` wants them; not what the rule has learned."""
+        isolates = self._config.quarantine > 0
+        return [
+            KeptQuestion(entry, self._agreed.get(key, ()), isolates and key not in self._agreed)
+            for key, entry in self._entries.items()
+        ]
 
     def _agreed_anew(self, old: SemanticEntry | None, entry: SemanticEntry) -> tuple[bytes, ...]:
         """Who has agreed with an entry when it takes another one's place: nobody, if it says something else."""

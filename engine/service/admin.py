@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -64,9 +64,9 @@ class Shown(msgspec.Struct, frozen=True):
 class CachePage(msgspec.Struct, frozen=True):
     """The answer to a look: the machine's ExactStats, SemanticStats (``rule`` in it) and JobStats, in full."""
 
-    exact: dict[str, object]
-    semantic: dict[str, object]
-    jobs: dict[str, object]
+    exact: dict[str, Any]
+    semantic: dict[str, Any]
+    jobs: dict[str, Any]
     entries: tuple[Shown, ...]
 
 

@@ -13,9 +13,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+from starlette.routing import Router
+
 from engine.config import Scenario
 from engine.errors import RequestError
-from engine.events import Answer, Arrive, Reject
+from engine.events import Answer, Reject
 from engine.policy.limiter import Limiter
 from engine.service.admin import check_admin, flush, look
 from engine.service.auth import KeyRing
@@ -29,6 +31,8 @@ from engine.service.completions import (
 from engine.service.driver import Encoder, GatewayDriver
 from engine.service.exchange import Disconnected, Exchange
 from engine.service.facts import FactMaker, question_of
+from engine.service.feed import Feed
+from engine.service.memo import Asked, Memo
 from engine.service.metrics import CONTENT_TYPE, Metrics
 from engine.service.openai import (
     DEFAULT_MODEL,
@@ -38,7 +42,10 @@ from engine.service.openai import (
     decode_chat,
     encode_json,
 )
+from engine.service.openapi import document
+from engine.service.pages import pages
 from engine.service.sse import Listener, Receive, Send, Wording, send_stream
+from engine.service.status import StatusMaker
 from engine.service.stream import joined
 from engine.units import S_NS
 
@@ -56,6 +63,7 @@ WHY = {
     "overloaded": "too much is going on for this traffic class to be served now",
     "breaker_open": "the model does not answer at the moment",
     "replica_lost": "the model's process has died and is being started anew",
+    "upstream_busy": "the servers behind this one take no more at the moment",
     "draining": "this server is shutting down",
     "deadline_exceeded": "there was no answer within the time that this traffic class allows",
     "model_failed": "the model failed at this request",
@@ -80,9 +88,12 @@ class App:
         self._driver, self._keyring, self._facts, self._model = driver, keyring, facts, model_name
         self.metrics, self.encoder = metrics, encoder
         self._classes, self._limits = scenario.classes, scenario.ingress
+        self._upstreams = bool(scenario.upstreams)
         self._encoder_limits = Limiter(scenario.limiter, keyring.tenants)  # the gateway never hears of embeddings
+        self._memo = Memo()
         self._in_flight = 0
         self._created = int(time.time())
+        self._pages = None if metrics is None else self._make_pages(scenario, metrics)
         self._routes: dict[str, tuple[tuple[str, ...], Callable[[Exchange], Awaitable[None]]]] = {
             "/v1/chat/completions": (("POST",), self._chat),
             "/v1/completions": (("POST",), self._complete),
@@ -92,7 +103,15 @@ class App:
             "/readyz": (("GET", "HEAD"), self._ready),
             "/metrics": (("GET", "HEAD"), self._measure),
             "/admin/cache": (("GET", "HEAD", "POST"), self._cache),
+            "/": (("GET", "HEAD"), self._page),
+            "/status/events": (("GET",), self._page),
+            "/openapi.json": (("GET", "HEAD"), self._describe),
         }
+
+    @property
+    def routes(self) -> dict[str, tuple[str, ...]]:
+        """Paths to methods."""
+        return {path: methods for path, (methods, _) in self._routes.items()}
 
     @property
     def in_flight(self) -> int:
@@ -150,55 +169,95 @@ class App:
         await exchange.whole(200, encode_json(ModelList(cards)), [])
 
     async def _measure(self, exchange: Exchange) -> None:
-        """For this machine without a key. Keys are tenants', and no tenant may read what the others do."""
-        if not exchange.is_local:
-            self._keyring.authenticate(exchange.header(b"authorization"))
-            why = "/metrics is read from the machine itself (a loopback address, no proxy between); no key opens it"
-            raise RequestError("forbidden", why)
+        self._check_operator(exchange)
         if self.metrics is None:
             raise RequestError("not_found", "nothing is counted here")
         machine, now_ns = self._driver.machine, self._driver.now_ns()
         page = self.metrics.page(now_ns, machine.stats(), machine.fleet.pressures.oldest_ns())
         await exchange.whole(200, page, [], (b"content-type", CONTENT_TYPE))
 
+    async def _page(self, exchange: Exchange) -> None:
+        self._check_operator(exchange)
+        await self._describe(exchange)
+
+    async def _describe(self, exchange: Exchange) -> None:
+        if self._pages is None:
+            raise RequestError("not_found", "nothing is counted here")
+        await exchange.hand_on(self._pages)
+
+    def _make_pages(self, scenario: Scenario, metrics: Metrics) -> Router:
+        maker = StatusMaker(scenario, self._model, self._driver, metrics, self.encoder is not None)
+        feed = Feed(lambda: encode_json(maker.look(self.draining)), lambda: self.draining)
+        return pages(feed, document(scenario.ingress, self._model != FAKE_MODEL and not self._upstreams))
+
+    def _check_operator(self, exchange: Exchange) -> None:
+        """This machine itself, without a key, or an admin's key: no tenant may read what the others do."""
+        if not exchange.is_local:
+            check_admin(self._keyring, self._keyring.authenticate(exchange.header(b"authorization")))
+
     async def _cache(self, exchange: Exchange) -> None:
         """Needs no room: a changed price must get through a rush."""
         check_admin(self._keyring, self._keyring.authenticate(exchange.header(b"authorization")))
         if exchange.method == "POST":
-            return await exchange.whole(200, flush(self._driver, self._keyring, await exchange.body(self._limits)), [])
+            body = await exchange.body(self._limits.max_body_bytes)
+            return await exchange.whole(200, flush(self._driver, self._keyring, body), [])
         return await exchange.whole(200, look(self._driver, exchange.query), [])
 
     # ------------------------------------------------------------ text and vectors
 
     async def _chat(self, exchange: Exchange) -> None:
-        tenant = self._keyring.authenticate(exchange.header(b"authorization"))
-        with self._room():
-            name = self._class_of(exchange, tenant)
-            ask = decode_chat(await exchange.body(self._limits))
-            self._check(ask)
-            facts, prompt = self._facts.arrive(
-                self._driver.next_rid(), exchange.request_id, tenant, name, ask.conversation(), ask.params(),
-                ask.token_limit, exchange.arrived_ns, ask.user or ask.safety_identifier or "", exchange.tags(),
-            )
-            await self._answer(exchange, ask, facts, prompt, question_of(ask.conversation()), Wording)
+        await self._text(exchange, self._read_chat, Wording)
 
     async def _complete(self, exchange: Exchange) -> None:
+        await self._text(exchange, self._read_completion, TextWording)
+
+    async def _text(
+        self, exchange: Exchange, read: Callable[[Exchange, str, str, bytes], Asked], wording: type[Wording]
+    ) -> None:
         tenant = self._keyring.authenticate(exchange.header(b"authorization"))
         with self._room():
             name = self._class_of(exchange, tenant)
-            ask = decode_completion(await exchange.body(self._limits))
-            self._check(ask)
-            facts, prompt = self._facts.complete(
-                self._driver.next_rid(), exchange.request_id, tenant, name, ask.text, ask.params(),
-                ask.token_limit, exchange.arrived_ns, ask.user or "", exchange.tags(),
-            )
-            await self._answer(exchange, ask, facts, prompt, "", TextWording)
+            body = await exchange.body(self._limits.max_body_bytes)
+            key = (exchange.path, tenant, name, exchange.tags(), body)
+            known = self._memo.find(key)
+            if known is None:
+                asked = read(exchange, tenant, name, body)
+                self._memo.keep(key, asked)
+            else:
+                rid = self._driver.next_rid()
+                now = exchange.request_id, exchange.arrived_ns, exchange.attempt
+                facts = self._facts.again(known.facts, rid, *now)
+                asked = known._replace(facts=facts)
+            await self._answer(exchange, asked, wording)
+
+    def _read_chat(self, exchange: Exchange, tenant: str, name: str, body: bytes) -> Asked:
+        ask = decode_chat(body)
+        self._check(ask)
+        conversation = ask.conversation()
+        facts, prompt = self._facts.arrive(
+            self._driver.next_rid(), exchange.request_id, tenant, name, conversation, ask.params(),
+            ask.token_limit, exchange.arrived_ns, ask.user or ask.safety_identifier or "", exchange.tags(),
+            exchange.attempt,
+        )
+        return Asked(ask, facts, prompt, question_of(conversation), self._facts.said(name, conversation))
+
+    def _read_completion(self, exchange: Exchange, tenant: str, name: str, body: bytes) -> Asked:
+        ask = decode_completion(body)
+        self._check(ask)
+        facts, prompt = self._facts.complete(
+            self._driver.next_rid(), exchange.request_id, tenant, name, ask.text, ask.params(),
+            ask.token_limit, exchange.arrived_ns, ask.user or "", exchange.tags(), exchange.attempt,
+        )
+        return Asked(ask, facts, prompt, "", self._facts.said(name, ask.text))
 
     def _check(self, ask: Sampled) -> None:
         """Whether the model that is served here can do what is asked."""
         check_model(ask.model, self._model, DEFAULT_MODEL)
         if ask.wants_logprobs is not None and self._model == FAKE_MODEL:
             why = "logprobs is not supported here: the fake model has no probabilities"
+            raise RequestError("invalid_request", why, "logprobs")
+        if ask.wants_logprobs is not None and self._upstreams:
+            why = "logprobs is not supported here: other servers answer, in text"
             raise RequestError("invalid_request", why, "logprobs")
 
     async def _embed(self, exchange: Exchange) -> None:
@@ -207,7 +266,7 @@ class App:
         with self._room():
             if self.draining:
                 raise RequestError("draining", WHY["draining"])
-            ask = decode_embedding(await exchange.body(self._limits))
+            ask = decode_embedding(await exchange.body(self._limits.max_body_bytes))
             if self.encoder is None:
                 raise RequestError("not_found", "no encoder runs here, so there are no embeddings", "model")
             check_model(ask.model, ENCODER_MODEL)
@@ -217,7 +276,7 @@ class App:
                 error = refusal(Reject(-1, "rate_limited", 0, verdict.retry_after_ns))
                 self._count(error)
                 return await exchange.refuse(error, verdict.retry_after_ns)
-            texts = [(self._facts.text_key(text), text.strip()) for text in ask.texts]
+            texts = [(self._facts.text_key(tenant, text), text.strip()) for text in ask.texts]
             vectors = await vectors_of(self.encoder, texts, ENCODE_WITHIN_S)
             data = embedding_list(vectors, ask.encoding_format, ENCODER_MODEL, tokens)
             return await exchange.whole(200, data, [])
@@ -237,10 +296,9 @@ class App:
         asked = exchange.header(b"x-doorbuster-class")
         return self._keyring.class_of(tenant, None if asked is None else asked.decode("latin-1"), self._classes)
 
-    async def _answer(
-        self, exchange: Exchange, ask: Sampled, facts: Arrive, prompt: list[int], question: str, wording: type[Wording]
-    ) -> None:
-        stream = self._driver.arrive(facts, prompt, ask.drawable(), question)
+    async def _answer(self, exchange: Exchange, asked: Asked, wording: type[Wording]) -> None:
+        ask, facts = asked.ask, asked.facts
+        stream = self._driver.arrive(facts, asked.prompt, ask.drawable(), asked.question, asked.said)
         level = self._driver.machine.overload.level  # a request keeps the level that it met
         words = wording(
             wording.prefix + exchange.request_id, int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage
@@ -251,7 +309,7 @@ class App:
                 pieces = [piece]
                 while piece and (piece := await listener.read()):
                     pieces.append(piece)
-                piece = joined(pieces)
+                piece = joined(pieces) if len(pieces) > 1 else pieces[0]
             if listener.gone:
                 return
             if isinstance(stream.end, Reject):

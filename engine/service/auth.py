@@ -100,6 +100,16 @@ class KeyRing:
             raise RequestError("unauthorized", "this API key is not known here")
         return tenant
 
+    @property
+    def digests(self) -> dict[str, bytes]:
+        """Tenant to the SHA-256 of its key."""
+        return self._digests
+
+    @property
+    def admins(self) -> frozenset[str]:
+        """Tenants whose keys open ``/admin``."""
+        return self._admins
+
     def is_admin(self, tenant: str) -> bool:
         """Whether its key opens ``/admin``."""
         return tenant in self._admins
@@ -122,7 +132,7 @@ class KeyRing:
         return asked
 
 
-def new_key(name: str, classes: Iterable[str] = ()) -> tuple[str, str]:
+def new_key(name: str, classes: Iterable[str] = (), admin: bool = False) -> tuple[str, str]:
     """A key, to be shown once, and its stanza for the key file, with the digest only. No classes: all of them."""
     if not name:
         raise UserError("a tenant needs a name", fix="doorbuster keys new NAME")
@@ -131,6 +141,8 @@ def new_key(name: str, classes: Iterable[str] = ()) -> tuple[str, str]:
     lines = [f"[tenants.{bare}]", f'key_sha256 = "{_digest(key.encode()).hex()}"']
     if granted := list(classes):
         lines.append(f"classes = {json.dumps(granted)}")
+    if admin:
+        lines.append("admin = true")
     return key, "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from engine.events import (
     DropVector,
     Ended,
     FindSimilar,
+    FirstToken,
     GatewayAction,
     GatewayEvent,
     Hold,
@@ -32,6 +33,7 @@ from engine.events import (
     Record,
     Reject,
     Release,
+    Remember,
     ReplicaBack,
     ReplicaLost,
     StoreAnswer,
@@ -41,11 +43,12 @@ from engine.events import (
 )
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
+from engine.model.index import VectorIndex
 from engine.model.stepping import SamplingParams
 from engine.model.tokenizer import Detokenizer
-from engine.model.wire import Output, ToReplica, Work
+from engine.model.wire import Output, Said, ToReplica, Work
 from engine.policy.gateway import Gateway
-from engine.service.similar import FRESH, Done, SimilarQuestions
+from engine.service.similar import FRESH, Done, PackedVectors, SimilarQuestions
 from engine.service.stops import cut
 from engine.service.stream import ClientStream, StoredAnswer, Tape
 from engine.units import S_NS, ms_to_ns
@@ -57,6 +60,15 @@ class Payload(NamedTuple):
     prompt: list[int]
     params: SamplingParams
     question: str
+    said: Said = ""  # only where it is answered by who takes no tokens
+
+
+class Kept(NamedTuple):
+    """What the response caches hold: what the machine knows at ``at_ns``, and the texts by their answers' ids."""
+
+    at_ns: int
+    what: Remember
+    texts: list[tuple[str, StoredAnswer]]
 
 
 class ReplicaLink(Protocol):
@@ -94,15 +106,21 @@ class GatewayDriver:
         ledger: Callable[[LedgerRecord], None] | None = None,
         encoder: Encoder | None = None,
         dims: int = 384,
+        called_off: Callable[[], None] | None = None,
+        tell_others: Callable[[Invalidate], None] | None = None,
     ) -> None:
-        """``fallbacks``: answer id to text. ``ledger`` gets every record. Without an encoder nothing is similar."""
+        """``fallbacks``: answer id to text. ``ledger`` gets every record. Without an encoder nothing is similar.
+
+        ``called_off`` is called after each Invalidate: what is kept elsewhere may hold what may serve no more.
+        ``tell_others``: the gateways beside this one, of what it was told to call off.
+        """
         self.machine = machine
         self._clock_ns, self._link, self._hasher = clock_ns, link, hasher
         self._detokenizer, self._journal, self._ledger = detokenizer, journal, ledger
         self._answers = {answer_id: StoredAnswer(text) for answer_id, text in fallbacks.items()}
         self._payloads: dict[int, Payload] = {}  # of requests that may still be submitted
         self._held: dict[int, Payload] = {}  # of requests that have their answer, and may be computed once more
-        self._encoder = encoder
+        self._encoder, self._called_off, self._tell_others = encoder, called_off, tell_others
         self._questions: OrderedDict[bytes, str] = OrderedDict()  # asked for lately, in case their vectors are late
         self._similar = SimilarQuestions(
             self._encode if encoder else None, encoder.cancel if encoder else _nobody_waits,
@@ -131,14 +149,16 @@ class GatewayDriver:
         self._last_rid += 1
         return self._last_rid
 
-    def arrive(self, ask: Arrive, prompt: list[int], params: SamplingParams, question: str = "") -> ClientStream:
+    def arrive(
+        self, ask: Arrive, prompt: list[int], params: SamplingParams, question: str = "", said: Said = ""
+    ) -> ClientStream:
         """A request under a number from ``next_rid``. The stream has the answer, sooner or later.
 
         ``question``: the text of ``ask.text_key``, where similar questions may be looked for.
         """
         stream = ClientStream(ask.rid, ask.request_id)
         self._streams[ask.rid] = stream
-        self._payloads[ask.rid] = Payload(prompt, params, question)
+        self._payloads[ask.rid] = Payload(prompt, params, question, said)
         self.deliver(ask)
         return stream
 
@@ -153,6 +173,12 @@ class GatewayDriver:
         for replica in range(self.machine.config.replicas):
             self._link.send(replica, Drain())
         self.deliver(Drain())
+
+    def cut_short(self) -> None:
+        """The drain has taken too long: whoever still waits for a replica is told that this server goes."""
+        for sid, replica in self._replica_of.items():
+            self._link.send(replica, Abort(sid))
+        self.hear(Output([Ended(sid, "draining") for sid in self._replica_of]))
 
     @property
     def in_flight(self) -> int:
@@ -169,8 +195,34 @@ class GatewayDriver:
         self.deliver(ReplicaBack(replica))
 
     def invalidate(self, what: Invalidate) -> None:
-        """These answers serve nobody any more."""
+        """These answers serve nobody any more, here and at the gateways beside this one."""
+        self.call_off(what)
+        if self._tell_others is not None:
+            self._tell_others(what)
+
+    def call_off(self, what: Invalidate) -> None:
+        """These answers serve nobody any more here."""
         self.deliver(what)
+        if self._called_off is not None:
+            self._called_off()
+
+    def kept(self) -> Kept:
+        """All that can serve in another life. A question whose vector was late is left out: nobody could find it."""
+        now_ns, what = self.now_ns(), self.machine.answers.kept()
+        similar = tuple(kept for kept in what.similar if self._similar.knows(*kept.entry.key))
+        what = Remember(what.exact, similar, what.versions)
+        return Kept(now_ns, what, [(answer_id, self._answers[answer_id]) for answer_id in answer_ids(what)])
+
+    def packed(self, encoder: str) -> PackedVectors:
+        """The vectors that belong to ``kept``, and some more."""
+        return self._similar.pack(encoder)
+
+    def remember(self, kept: Kept, questions: VectorIndex, answers: VectorIndex) -> None:
+        """What another life kept, its times on this one's clock, before the first request."""
+        wanted = [each.entry.key for each in kept.what.similar]
+        self._answers.update(kept.texts)
+        self._similar.take_back(questions, answers, wanted, dict(kept.texts))
+        self.deliver(kept.what)
 
     def close(self) -> None:
         """No more events."""
@@ -188,13 +240,20 @@ class GatewayDriver:
             if (tape := self._tapes.get(sid)) and tape.record(ids, logprobs.get(sid, ())):
                 self._link.send(self._replica_of[sid], Abort(sid))  # a stop string: only here is there a text
         for event in output.events:
+            if isinstance(event, Ended | FirstToken) and event.sid not in self._tapes:
+                continue  # it was cut short, and the replica had not heard of that
             if isinstance(event, Ended):
                 event = self._with_text(event)
             self.deliver(event)
 
+    def hear_text(self, sid: int, text: str) -> None:
+        """A piece of an answer, from a replica that tells no tokens; how many they were is said at its end."""
+        if (tape := self._tapes.get(sid)) and tape.record_text(text):
+            self._link.send(self._replica_of[sid], Abort(sid))
+
     def _with_text(self, event: Ended) -> Ended:
         tape = self._tapes[event.sid]
-        tape.close(event.reason, event.cached_tokens)
+        tape.close(event.reason, event.cached_tokens, event.output_tokens)
         if tape.reason not in ("stop", "length"):
             return event
         raw, outputs = tape.text.encode(), tape.tokens if tape.cut else event.output_tokens
@@ -251,7 +310,7 @@ class GatewayDriver:
                 self._replica_of[sid] = action.replica
                 if rid not in self._held:
                     self._listen(tape, rid, "model")
-                self._link.send(action.replica, Work(action, payload.prompt, payload.params))
+                self._link.send(action.replica, Work(action, payload.prompt, payload.params, payload.said))
             case Attach(sid=sid, rid=rid):
                 self._listen(self._tapes[sid], rid, "coalesced")
             case Abort(sid=sid):
@@ -312,6 +371,12 @@ class GatewayDriver:
     def _forget(self, rid: int) -> None:
         del self._streams[rid], self._payloads[rid]
         self._similar.forget(rid)
+
+
+def answer_ids(what: Remember) -> list[str]:
+    """Each once."""
+    exact = (entry.answer_id for entry in what.exact)
+    return list(dict.fromkeys((*exact, *(kept.entry.answer_id for kept in what.similar))))
 
 
 def _nobody_waits(call: Any) -> None:

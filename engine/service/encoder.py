@@ -156,12 +156,13 @@ class EncoderClient:
             self._tell(done, vector, "ok")
             return None
         job = self._job_of.get(text_key)
-        deadline_ns = time.monotonic_ns() + round(min(deadline_s, 3600.0) * S_NS)
+        now_ns = time.monotonic_ns()
+        deadline_ns = now_ns + round(min(deadline_s, 3600.0) * S_NS)
         if job is not None:
             self._counts["joined"] += 1
         else:
             job = Job(next(self._ids), text_key, text)
-            refusal = self._send(job, deadline_ns)
+            refusal = self._send(job, now_ns, deadline_ns)
             if refusal is not None:
                 self._tell(done, None, refusal)
                 return None
@@ -220,7 +221,7 @@ class EncoderClient:
             done, call.done = call.done, None
             self._tell(done, vector, word)
 
-    def _send(self, job: Job, deadline_ns: int) -> Word | None:
+    def _send(self, job: Job, now_ns: int, deadline_ns: int) -> Word | None:
         """None when it is on its way."""
         if len(job.text) > MAX_CHARS:
             return "unfit"
@@ -228,11 +229,11 @@ class EncoderClient:
             self._kill_if_hung()
             return "failed"
         try:
-            data = frame(Encode(job.id, job.text, deadline_ns))
+            data = frame(Encode(job.id, job.text, deadline_ns, deadline_ns - now_ns))
         except UnicodeEncodeError:  # half a surrogate pair
             return "unfit"
         if not self._jobs:
-            self._heard_ns = time.monotonic_ns()
+            self._heard_ns = now_ns
         self._jobs[job.id] = self._job_of[job.text_key] = job
         self._line.transport.write(data)
         return None
@@ -251,7 +252,7 @@ class EncoderClient:
             self._settle(job, None, "failed")
         elif not isinstance(message, Vector):  # skipped; but somebody may have joined who still has time
             latest_ns = max((call.deadline_ns for call in job.calls if call.done), default=0)
-            if latest_ns <= self._heard_ns or self._send(job, latest_ns) is not None:
+            if latest_ns <= self._heard_ns or self._send(job, self._heard_ns, latest_ns) is not None:
                 self._settle(job, None, "late")
         elif not message.vector:
             self._settle(job, None, "unfit")

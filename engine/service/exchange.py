@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import random
 import re
-import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from engine.config import IngressConfig
 from engine.errors import RequestError
 from engine.service.admin import TAGS_HEADER, tags_of
 from engine.service.metrics import is_local
@@ -16,7 +15,11 @@ from engine.service.sse import Receive, Send, event
 from engine.units import S_NS, ceil_div
 
 LINGER_BYTES = 4 << 20  # of a refused body, let pass unread: many clients hear no answer before they have said all
+RETRY_COUNT = b"x-stainless-retry-count"  # of OpenAI's own client libraries
+ATTEMPT = re.compile(rb"[0-9]|[1-9][0-9]|100")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+TAGS = TAGS_HEADER.encode()
+App = Callable[[Any, Any, Any], Awaitable[None]]  # as ASGI has it
 JSON = (b"content-type", b"application/json")
 
 
@@ -31,49 +34,59 @@ class Exchange:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
         self.query: bytes = scope.get("query_string", b"")
-        self.receive, self.send, self.arrived_ns = receive, send, arrived_ns
-        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
-        self.is_local = is_local(scope.get("client"), self._headers)
+        self._scope, self.receive, self.send, self.arrived_ns = scope, receive, send, arrived_ns
+        self._fields: list[tuple[bytes, bytes]] = scope["headers"]
+        self._values: dict[bytes, bytes] = {}
+        for name, value in self._fields:
+            self._values[name] = self._values[name] + b", " + value if name in self._values else value
+        self._client: tuple[str, int] | None = scope.get("client")
         given = self.header(b"x-request-id")
-        self.request_id = given.decode() if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        own = given is None or not REQUEST_ID.fullmatch(given)
+        self.request_id = f"req-{random.getrandbits(128):032x}" if own else given.decode()  # type: ignore[union-attr]
         self.started = False
-        self._all_read = self._too_slow = False
+        self._all_read = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it comes from this machine itself."""
+        return is_local(self._client, self._fields)
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; several are one list (RFC 9110, 5.3), so that two keys, or two classes, are none."""
-        values = [value for key, value in self._headers if key == name]
-        return b", ".join(values) if values else None
+        return self._values.get(name)
 
     def tags(self) -> tuple[str, ...]:
         """What its answer depends on, beside what its class says."""
-        return tags_of(self.header(TAGS_HEADER.encode()))
+        said = self._values.get(TAGS)
+        return tags_of(said) if said is not None else ()
 
-    async def body(self, limits: IngressConfig) -> bytes:
-        """All of it; RequestError before more than the limits allow is taken in, or waited for."""
-        try:
-            async with asyncio.timeout(limits.receipt_ms / 1000):
-                return await self._body(limits.max_body_bytes)
-        except TimeoutError:
-            self._too_slow = True
-            why = f"the body was not here within {limits.receipt_ms / 1000:g} s"
-            raise RequestError("body_too_slow", why) from None
+    @property
+    def attempt(self) -> int:
+        """How often the client has tried before, by its own word; what is no number up to 100 is none."""
+        said = self._values.get(RETRY_COUNT)
+        return int(said) if said is not None and ATTEMPT.fullmatch(said) else 0
 
-    async def _body(self, most_bytes: int) -> bytes:
-        too_large = RequestError("body_too_large", f"the body is larger than {most_bytes} bytes")
+    async def body(self, most_bytes: int) -> bytes:
+        """All of it; RequestError before more than that is taken in, or unpacked. How long it may take, ``protocol.py``
+        knows.
+        """
+        coding = self.header(b"content-encoding")
+        if coding is not None and coding.lower() != b"identity":  # a kilobyte can unpack to a gigabyte
+            raise RequestError("unsupported_encoding", "the body must not be compressed", "content-encoding")
         declared = self.header(b"content-length")
         if declared and declared.isdigit() and int(declared) > most_bytes:
-            raise too_large
-        body = bytearray()
+            raise _too_large(most_bytes)
+        body = b""
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise Disconnected
             body += message.get("body", b"")
             if len(body) > most_bytes:
-                raise too_large
+                raise _too_large(most_bytes)
             if not message.get("more_body", False):
                 self._all_read = True
-                return bytes(body)
+                return body
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Status line and headers."""
@@ -87,7 +100,7 @@ class Exchange:
         """Whether the server should hang up rather than pass over the rest of the body to find the next request."""
         if self._all_read:
             return False
-        if self._too_slow or self.header(b"transfer-encoding") or self.header(b"expect"):
+        if self.header(b"transfer-encoding") or self.header(b"expect"):
             return True  # it may never end, or never come
         declared = self.header(b"content-length") or b"0"
         return not declared.isdigit() or int(declared) > LINGER_BYTES
@@ -98,6 +111,16 @@ class Exchange:
         """A response of known length."""
         await self.start(status, [kind, (b"content-length", b"%d" % len(data)), *headers])
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def hand_on(self, app: App) -> None:
+        """To another application, whose response goes out under this request's id."""
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                return await self.start(message["status"], list(message["headers"]))
+            return await self.send(message)
+
+        await app(self._scope, self.receive, send)
 
     async def refuse(self, error: RequestError, retry_after_ns: int | None = None, *more: tuple[bytes, bytes]) -> None:
         """The error object, with Retry-After where waiting helps."""
@@ -116,3 +139,7 @@ class Exchange:
             await self.send({"type": "http.response.body", "body": event(body), "more_body": False})
         else:
             await self.whole(500, encode_json(body), [])
+
+
+def _too_large(most_bytes: int) -> RequestError:
+    return RequestError("body_too_large", f"the body is larger than {most_bytes} bytes")

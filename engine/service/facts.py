@@ -16,6 +16,7 @@ from engine.model.blockhash import Hasher
 from engine.model.stepping import SamplingParams
 from engine.model.textmarks import marks_of
 from engine.model.tokenizer import Tokenizer
+from engine.model.wire import Said
 from engine.scenario import data_path
 
 Messages = list[dict[str, str]]
@@ -35,6 +36,7 @@ class FactMaker:
     def __init__(self, tokenizer: Tokenizer, hasher: Hasher, scenario: Scenario, model_name: str) -> None:
         self._tokenizer, self._hasher, self._model = tokenizer, hasher, model_name
         self._classes, self._context = scenario.classes, scenario.model.context_tokens
+        self._upstreams = bool(scenario.upstreams)
         self._similar = {
             name for name, cls in scenario.classes.items() if cls.caches == "semantic" and scenario.semantic.enabled
         }
@@ -63,11 +65,13 @@ class FactMaker:
         arrived_ns: int,
         asker: str = "",
         tags: tuple[str, ...] = (),
+        attempt: int = 0,
     ) -> tuple[Arrive, list[int]]:
         """The facts, and the prompt's token ids for the replica.
 
         ``asker``: the tenant's own user, "" = not named. ``tags``: what the answer depends on beside what its class
-        says; an answer kept under some is never one for others, whom their change would not reach.
+        says; an answer kept under some is never one for others, whom their change would not reach. ``attempt``: 0 is
+        the first one; no key depends on it.
         ``params.seed`` 0 means that the client gave none: with a temperature such a request has no exact key.
         Raises RequestError when the conversation does not fit the model.
         """
@@ -79,10 +83,10 @@ class FactMaker:
             prompt_tokens=len(prompt), max_tokens=most,
             exact_key=self._exact_key(_tagged("exact", tags), tenant, traffic_class, params, most, text),
             hard_key=self._hard_key(_tagged("hard", tags), tenant, traffic_class, params, most, messages),
-            text_key=self.text_key(question) if question else b"", blocks=self._blocks(tenant, prompt),
+            text_key=self.text_key(tenant, question) if question else b"", blocks=self._blocks(tenant, prompt),
             pinned_blocks=shared_tokens // self._hasher.block_tokens if self._classes[traffic_class].pinned else 0,
             marks=marks_of(question, self._hasher) if question and traffic_class in self._similar else TextMarks(),
-            draw=self._draw(tenant, request_id), asker=self._asker(tenant, asker), tags=tags,
+            draw=self._draw(tenant, request_id), asker=self._asker(tenant, asker), tags=tags, attempt=attempt,
         )
         return facts, prompt
 
@@ -98,6 +102,7 @@ class FactMaker:
         arrived_ns: int,
         asker: str = "",
         tags: tuple[str, ...] = (),
+        attempt: int = 0,
     ) -> tuple[Arrive, list[int]]:
         """``arrive`` for a bare prompt: no template, no system prompt of the class, special tokens as they are spelt.
 
@@ -113,13 +118,30 @@ class FactMaker:
             prompt_tokens=len(prompt), max_tokens=most,
             exact_key=self._exact_key(_tagged("exact-bare", tags), tenant, traffic_class, params, most, text),
             blocks=self._blocks(tenant, prompt), draw=self._draw(tenant, request_id),
-            asker=self._asker(tenant, asker), tags=tags,
+            asker=self._asker(tenant, asker), tags=tags, attempt=attempt,
         )
         return facts, prompt
 
-    def text_key(self, text: str) -> bytes:
-        """Digest of one text by itself, under which its vector is known."""
-        return self._hasher.digest("text", text.strip())
+    def again(self, facts: Arrive, rid: int, request_id: str, arrived_ns: int, attempt: int = 0) -> Arrive:
+        """What ``arrive`` or ``complete`` would say of the same request under another name, without reading it."""
+        draw = self._draw(facts.tenant, request_id)
+        return msgspec.structs.replace(
+            facts, rid=rid, request_id=request_id, arrived_ns=arrived_ns, draw=draw, attempt=attempt
+        )
+
+    def said(self, traffic_class: str, said: Said) -> Said:
+        """What an upstream is told: the conversation under its class's system prompt. "" where there is none."""
+        if not self._upstreams:
+            return ""
+        system = self._system.get(traffic_class)
+        if system is None or isinstance(said, str) or any(turn["role"] == "system" for turn in said):
+            return said
+        return [{"role": "system", "content": system}, *said]
+
+    def text_key(self, tenant: str, text: str) -> bytes:
+        """Digest of one text of a tenant, under which its vector is known: the encoder's memory of what one has asked
+        makes nobody else's question quicker."""
+        return self._hasher.digest("text", tenant, text.strip())
 
     def count(self, text: str) -> int:
         """Model tokens of a text."""

@@ -21,8 +21,11 @@ from engine.config import Scenario
 from engine.errors import STATUS_OF_CODE
 from engine.events import BackgroundRecord, BreakerRecord, LedgerRecord, LevelRecord, Outcome, Pressure, Tier
 from engine.model.wire import Output
+from engine.policy.limiter import Scope
+from engine.policy.overload import SHED
 from engine.policy.trip import GatewayStats
 from engine.service.cache_metrics import PREFIX, CacheMetrics, counter, gauge
+from engine.service.recent import Recent
 from engine.units import S_NS
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4.encode()
@@ -64,6 +67,8 @@ class Metrics:
     def __init__(self, scenario: Scenario) -> None:
         self._classes = tuple(scenario.classes)
         self._blocks, self._prefix_on = scenario.prefix.blocks, scenario.prefix.enabled
+        self._graded = scenario.overload.graded
+        self._own = not scenario.upstreams  # nobody says how full another's cache is
         self._pressure = {
             index: Pressure(index, acked_sid=-1, running=0, free_blocks=self._blocks)
             for index in range(scenario.replicas)
@@ -75,6 +80,7 @@ class Metrics:
         self._refused: Counter[str] = Counter()
         self._breaker_moves: Counter[tuple[str, str]] = Counter()
         self._caches = CacheMetrics()
+        self.recent = Recent()
         self._level_changes = self._admitted_tokens = self._cached_tokens = 0
         self._generated_tokens = self._preemptions = 0
 
@@ -97,6 +103,7 @@ class Metrics:
         if isinstance(record, BackgroundRecord):
             self._caches.append(record)
             return
+        self.recent.append(record)
         name = record.traffic_class
         self._outcomes[record.outcome, record.error_code or "", name] += 1
         if record.tier is not None:
@@ -118,6 +125,10 @@ class Metrics:
     def refused(self, code: str) -> None:
         """The ingress said no before the gateway heard of it."""
         self._refused[code] += 1
+
+    def pressure(self, replica: int) -> Pressure:
+        """The last word of a replica."""
+        return self._pressure[replica]
 
     # ------------------------------------------------------------ the page
 
@@ -156,7 +167,8 @@ class Metrics:
         for index, said in pressure.items():
             running.add_metric([str(index)], said.running)
             waiting.add_metric([str(index)], sum(per_class.count for per_class in said.waiting))
-            usage.add_metric([str(index)], 1 - said.free_blocks / self._blocks)
+            if self._own:
+                usage.add_metric([str(index)], 1 - said.free_blocks / self._blocks)
         yield from (running, waiting, usage)
 
     def _gateway_gauges(self, now_ns: int, stats: GatewayStats, oldest_ns: dict[str, int]) -> Iterator[Metric]:
@@ -166,7 +178,12 @@ class Metrics:
         for name in self._classes:
             age.add_metric([name], max(0, now_ns - oldest_ns.get(name, now_ns)) / S_NS)
         yield age
-        yield gauge("overload_level", "0 normal, 1 brown-out, 2 degraded, 3 shed.", value=stats.level)
+        yield gauge("overload_level", "0 normal, 1 brown-out, 2 degraded, 3 shed, 4 emergency.", value=stats.level)
+        share = gauge("admission_share", "Of the work of this criticality, what overload control lets in; 1 is all.",
+                       "criticality")
+        for criticality, let_in in zip(("standard", "sheddable"), shares(stats, self._graded), strict=True):
+            share.add_metric([criticality], let_in)
+        yield share
         breaker = gauge("breaker_state", "0 closed, 1 half open, 2 open, when last asked.", "boundary")
         states = {f"replica-{n}": each.state for n, each in enumerate(stats.fleet.breakers)}
         for boundary, state in (states | {"encoder": stats.encoder.state}).items():
@@ -210,7 +227,14 @@ class Metrics:
             turned = sum(n for (what, code, _), n in self._outcomes.items() if (what, code) == ("rejected", reason))
             rejections.add_metric([reason], turned)
         yield rejections
-        yield counter("limiter_rejections", "Refusals by tenants' own limits.", value=stats.limiter.limited)
+        limited = counter("limiter_rejections", "Refusals by a limit, by whose limit it was.", "scope")
+        by_scope = dict(stats.limiter.by_scope)
+        for scope in get_args(Scope):
+            limited.add_metric([scope], by_scope.get(scope, 0))
+        yield limited
+        retries = stats.overload.retries
+        yield counter("retries_seen", "Requests that were no first try, by the client's word.", value=retries.seen)
+        yield counter("retries_refused", "Of these, refused in an overload for want of budget.", value=retries.refused)
         refusals = counter("ingress_refusals", "Requests refused before the gateway heard of them.", "reason")
         for code in STATUS_OF_CODE:
             if code in self._refused:
@@ -221,6 +245,15 @@ class Metrics:
             moves.add_metric([boundary, state], count)
         yield moves
         yield counter("overload_level_changes", "Moves of the overload level.", value=self._level_changes)
+
+
+def shares(stats: GatewayStats, graded: bool) -> tuple[float, float]:
+    """Of standard and of sheddable work, the share that is let in: 0 to 1. Not graded, the level lets in all or none.
+    """
+    if not graded:
+        return float(stats.level < SHED), float(stats.level < SHED - 1)
+    millionths = stats.overload.share_millionths
+    return min(millionths, 1_000_000) / 1e6, max(millionths - 1_000_000, 0) / 1e6
 
 
 class _Page:

@@ -358,7 +358,7 @@ def refuse_unsupported(ask: msgspec.Struct, neutral: dict[str, tuple[object, ...
     """Parameters that cannot be honoured pass only where they ask for nothing."""
     for name, values in neutral.items():
         value = getattr(ask, name)
-        if value is not None and value not in values:
+        if value is not None and (type(value) is bool, value) not in [(type(one) is bool, one) for one in values]:
             raise RequestError("invalid_request", f"{name} is not supported here{_instead(values)}", name)
 
 

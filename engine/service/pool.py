@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import time
 from asyncio.subprocess import Process
 from collections import deque
@@ -45,6 +46,7 @@ class ReplicaPool:
     ) -> None:
         """``hang_s``: work and no word for so long, at most a quarter more, and it is killed."""
         self.hang_s = hang_s
+        self._folder = tempfile.TemporaryDirectory(prefix="doorbuster-")  # readable by this user alone
         self._standby: Process | None = None
         self._standing_by = False  # one is being started
         self._hear, self._lost, self._back, self._dead, self._restarts = hear, lost, back, dead, restarts
@@ -61,6 +63,16 @@ class ReplicaPool:
     def up(self) -> tuple[int, ...]:
         """Replicas that are there."""
         return tuple(sorted(self._there))
+
+    def socket_path(self, replica: int) -> str:
+        """Where it listens, in each of its lives."""
+        return str(Path(self._folder.name) / f"replica-{replica}.sock")
+
+    def kill(self, replica: int, why: str) -> None:
+        """It hangs. One that is not there is none."""
+        if line := self._there.get(replica):
+            log.error("replica %d %s: it is killed", replica, why)
+            line.kill()
 
     async def start(self, specs: list[WorkerSpec]) -> list[Ready]:
         """All at once; UserError when one gives up. ``socket_path`` of the specs is ours to say."""
@@ -91,6 +103,7 @@ class ReplicaPool:
             await standby.wait()
         await asyncio.gather(*(line.stop() for line in self._lines))
         self._lines.clear()
+        self._folder.cleanup()
 
     def _keep(self, keeper: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(keeper)
@@ -115,17 +128,16 @@ class ReplicaPool:
             await asyncio.sleep(self.hang_s / LOOKS)
             for number, line in self._there.items():
                 if line.look() >= LOOKS:
-                    log.error("replica %d has work and has said nothing for %g s: it is killed", number, self.hang_s)
-                    line.kill()
+                    self.kill(number, f"has work and has said nothing for {self.hang_s:g} s")
 
     async def _spawn(self, number: int, spec: WorkerSpec) -> Ready:
-        line = ReplicaProcess(self._hear, lambda: self._died(number, line))
+        line = ReplicaProcess(self._hear, lambda: self._died(number, line), self.socket_path(number))
         self._lines.add(line)
         standby, self._standby = self._standby, None
         if standby is not None and standby.returncode is not None:
             standby = None
         try:
-            ready = await line.start(msgspec.structs.replace(spec, socket_path=line.socket_path), standby)
+            ready = await line.start(spec, standby)
         except (UserError, OSError):
             await line.stop(0.0)
             self._lines.discard(line)
@@ -164,7 +176,7 @@ class ReplicaPool:
             await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * (2 ** min(tries - 1, 10) - 1)))
             spec = self._specs[number]
             try:
-                await self._spawn(number, msgspec.structs.replace(spec, journal=_free(spec.journal)))
+                await self._spawn(number, msgspec.structs.replace(spec, journal=next_life(spec.journal)))
                 break
             except (UserError, OSError) as error:  # no memory for a process, no disk: that may pass
                 log.error("replica %d could not be started anew: %s", number, error)
@@ -177,8 +189,8 @@ class ReplicaPool:
             await self._stand_by()
 
 
-def _free(journal: str) -> str:
-    """``replica-0.ndjson`` is a life's journal; the next life's is ``replica-0-life-2.ndjson``."""
+def next_life(journal: str) -> str:
+    """``replica-0.ndjson`` is a life's journal; the next life's is ``replica-0-life-2.ndjson``. "" stays ""."""
     path, life = Path(journal), 1
     while journal and path.exists():
         life += 1

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import sys
-import tempfile
 from asyncio.subprocess import Process
 from collections.abc import Callable
 from pathlib import Path
@@ -18,25 +17,25 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import UserError
-from engine.events import Ended
 from engine.model.process import WorkerSpec, last_words
-from engine.model.wire import Output, Ready, ToReplica, Unframer, Work, decode_from_replica, frame
+from engine.model.wire import Output, Ready
+from engine.service.replica_line import ReplicaLine
 
 START_TIMEOUT_S = 300.0  # converting weights on first use takes half a minute, a hub download longer
 
 
-def share_cores(threads: int, replicas: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def share_cores(threads: int, replicas: int = 1, gateways: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """(cores of gateway and load, cores of all replicas, torch threads of one); no pinning where they do not suffice.
 
-    ``threads`` 0 = all but one core, in equal parts. Replica n has ``threads`` cores from ``n * threads`` on. Torch
-    beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart, from 136 to 145 ms (measured on
+    ``threads`` 0 = all but one core for each gateway, in equal parts. Replica n has ``threads`` cores from
+    ``n * threads`` on. Torch beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart, from 136 to 145 ms (measured on
     two cores).
-    """
+    """  # noqa: E501
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
     count = len(cores) or os.cpu_count() or 1
-    threads = threads or max(1, (count - 1) // replicas)
+    threads = threads or max(1, (count - gateways) // replicas)
     others = len(cores) - threads * replicas
-    if others < 1:
+    if others < gateways:
         return (), (), threads
     return cores[:others], cores[others:], threads
 
@@ -47,32 +46,23 @@ async def launch(module: str, threads: int) -> Process:
     return await asyncio.create_subprocess_exec(sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, env=env)
 
 
-class ReplicaProcess(asyncio.Protocol):
-    """One worker process and the connection to it."""
+class ReplicaProcess(ReplicaLine):
+    """One worker process and the connection to it. ``socket_path``: where the worker listens."""
 
-    def __init__(self, hear: Callable[[Output], None], lost: Callable[[], None]) -> None:
-        self._hear, self._lost = hear, lost
-        self._unframer = Unframer()
-        self._transport: asyncio.Transport | None = None
+    def __init__(self, hear: Callable[[Output], None], lost: Callable[[], None], socket_path: str) -> None:
+        super().__init__(hear, lost)
         self._process: Process | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="doorbuster-")
-        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._met = self._closing = False
-        self._open: set[int] = set()  # submissions that it has not ended
-        self._heard = False  # since the last look
-        self._silent_looks = 0
-
-    @property
-    def socket_path(self) -> str:
-        """Where the worker listens; the folder is readable by this user alone."""
-        return str(Path(self._folder.name) / "replica.sock")
+        self.socket_path = socket_path
+        self._met = False
 
     async def start(self, spec: WorkerSpec, standby: Process | None = None) -> Ready:
         """Spawn, connect, wait for the weights; UserError, the worker's own words if it had any, when it gave up.
 
         ``standby``: a process of ``launch`` that waits for a spec; it becomes this replica.
         """
-        spec = msgspec.structs.replace(spec, parent=os.getpid())
+        for left in (Path(self.socket_path), last_words(self.socket_path)):  # by a former life
+            left.unlink(missing_ok=True)
+        spec = msgspec.structs.replace(spec, socket_path=self.socket_path, parent=os.getpid())
         self._process = standby or await launch("engine.model.process", spec.threads)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.msgpack.encode(spec))
@@ -81,14 +71,18 @@ class ReplicaProcess(asyncio.Protocol):
         deadline = loop.time() + START_TIMEOUT_S
         while True:
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                await loop.create_unix_connection(lambda: self, self.socket_path)
+                await self.connect(self.socket_path)
+                self._met = True
                 break
             if self._process.returncode is not None:
                 raise self._gave_up(self._process.returncode)
             if loop.time() > deadline:
                 raise UserError(f"the replica process was not ready within {START_TIMEOUT_S:.0f} s")
             await asyncio.sleep(0.02)
-        return await self._ready
+        try:
+            return await self.ready
+        except ConnectionResetError:
+            raise UserError("the replica process died before it was ready") from None
 
     def _gave_up(self, code: int) -> UserError:
         try:
@@ -97,26 +91,6 @@ class ReplicaProcess(asyncio.Protocol):
             return UserError("the replica process gave up", why=f"exit code {code}; its own last words are above")
         return UserError(*msgspec.msgpack.decode(raw, type=tuple[str, str, str, str]))
 
-    @property
-    def connected(self) -> bool:
-        """It was there when last looked."""
-        return self._transport is not None
-
-    def send(self, message: ToReplica) -> None:
-        """Queue a message; to one that has gone, nothing is said."""
-        if self._transport is None:
-            return
-        if isinstance(message, Work):
-            self._heard = self._heard or not self._open  # its silence begins now
-            self._open.add(message.submit.sid)
-        self._transport.write(frame(message))
-
-    def look(self) -> int:
-        """For how many looks in a row, this one included, it has had work and said nothing in between."""
-        self._silent_looks = self._silent_looks + 1 if self._open and not self._heard else 0
-        self._heard = False
-        return self._silent_looks
-
     def kill(self) -> None:
         """At once, whatever it is doing; its end is noticed like any other."""
         if self._process is not None and self._process.returncode is None:
@@ -124,9 +98,7 @@ class ReplicaProcess(asyncio.Protocol):
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Hang up; the worker ends by itself, or is killed when its time is up. More than once is fine."""
-        self._closing = True
-        if self._transport is not None:
-            self._transport.close()
+        self.hang_up()
         if self._process is not None and self._process.returncode is None:
             if not self._met:
                 self._process.terminate()  # it is still loading, and would not notice
@@ -135,32 +107,3 @@ class ReplicaProcess(asyncio.Protocol):
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
-        self._folder.cleanup()
-
-    # ------------------------------------------------------------ asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected; Ready follows."""
-        self._transport, self._met = transport, True  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        """Frames from the worker."""
-        for raw in self._unframer.feed(data):
-            message = decode_from_replica(raw)
-            if isinstance(message, Ready):
-                self._ready.set_result(message)
-            else:
-                self._heard = True
-                self._open.difference_update(event.sid for event in message.events if isinstance(event, Ended))
-                self._hear(message)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The worker has gone, on our word or by itself."""
-        self._transport = None
-        if self._closing:
-            self._ready.cancel()
-            return
-        if self._ready.done():
-            self._lost()
-        else:
-            self._ready.set_exception(UserError("the replica process died before it was ready"))

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import os
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -35,17 +35,24 @@ from engine.policy.replies import fallback_id
 from engine.scenario import data_path
 from engine.service.app import App
 from engine.service.auth import KeyRing
+from engine.service.connections import Connections
 from engine.service.driver import GatewayDriver
 from engine.service.encoder import EncoderClient
 from engine.service.facts import FactMaker
+from engine.service.keeper import SnapshotKeeper, origin_of
+from engine.service.listening import join, listen
 from engine.service.metrics import Metrics
 from engine.service.pool import HANG_STEPS, ReplicaPool
+from engine.service.protocol import GuardedProtocol
 from engine.service.replicas import share_cores
+from engine.service.shared_replicas import SharedReplicas, Sibling
+from engine.service.upstream_pool import UpstreamPool
 from engine.stepcost import StepCost
 
 DRAIN_TIMEOUT_S = 30.0
 HANG_UP_S = 5  # after the drain: for answers that are being sent
 UNBOUND_HANG_S = 120.0
+LOOPBACK = "127.0.0.1"
 FLUSH_S = 0.2  # a gateway that is killed loses no more of journal and ledger than this
 
 
@@ -59,6 +66,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     fake_cost: StepCost | None = None
     step_cost: StepCost | None = None  # of this model on this machine: bounds a step's time; None = tokens alone do
     hash_key: bytes = b""  # b"" = drawn now
+    drain_s: float = DRAIN_TIMEOUT_S  # what runs may take so long to end
 
 
 @dataclass(slots=True)
@@ -70,9 +78,12 @@ class RunningEngine:
     ready: Ready
     app: App
     epoch_ns: int  # on the machine's monotonic clock: the journal's zero
-    files: list[JournalWriter | Ledger]
-    pool: ReplicaPool
+    files: list[JournalWriter | Ledger | UpstreamPool]
+    pool: ReplicaPool | UpstreamPool | SharedReplicas
     lost: asyncio.Event  # all replicas have been given up
+    connections: Connections
+    warm_answers: int = 0  # that a former life had left
+    drain_s: float = DRAIN_TIMEOUT_S
 
     def flush(self) -> None:
         """Journal and ledger are with the kernel: for those who leave without ``running``'s end."""
@@ -80,12 +91,13 @@ class RunningEngine:
             file.flush()
 
     async def drain(self) -> None:
-        """Stop taking work, wait for what runs."""
+        """Stop taking work, wait for what runs; what has not ended by the deadline ends with an error that says so."""
         self.app.draining = True
         self.driver.drain()
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        deadline = time.monotonic() + self.drain_s
         while self.driver.machine.stats().in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self.driver.cut_short()
 
 
 def tokenizer_for(name: str) -> Tokenizer:
@@ -98,12 +110,19 @@ def tokenizer_for(name: str) -> Tokenizer:
 
 
 @contextlib.asynccontextmanager
-async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> AsyncIterator[RunningEngine]:
-    """Start everything; stop everything at the end. A start that fails half-way leaves nothing behind but files."""
-    hasher = Hasher(options.hash_key or secrets.token_bytes(16), scenario.prefix.block_tokens)
-    epoch_ns = time.monotonic_ns()
+async def running(
+    scenario: Scenario, keys: KeyRing, options: ServeOptions, sibling: Sibling | None = None
+) -> AsyncIterator[RunningEngine]:
+    """Start everything; stop everything at the end. A start that fails half-way leaves nothing behind but files.
+
+    ``sibling``: this is one of several gateways, and others start and stop what all of them share.
+    """
+    keeper = SnapshotKeeper(scenario.snapshot) if scenario.snapshot.path else None
+    hash_key = options.hash_key or (keeper.hash_key if keeper else b"") or secrets.token_bytes(16)
+    hasher = Hasher(hash_key, scenario.prefix.block_tokens)
+    epoch_ns = sibling.epoch_ns if sibling else time.monotonic_ns()
     own_cores, replica_cores, threads = share_cores(scenario.model.threads, scenario.replicas)
-    if not options.pin_cores:
+    if not options.pin_cores or scenario.upstreams or sibling:
         own_cores = replica_cores = ()
     folder = options.folder
     gone = asyncio.Event()
@@ -111,7 +130,10 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
         if own_cores:
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, own_cores)
-        sock = stack.enter_context(listen(options.host, options.port))
+        open_port = join if sibling else listen
+        socks = [stack.enter_context(open_port(options.host, options.port))]
+        if sibling:
+            socks.append(stack.enter_context(join(LOOPBACK, sibling.own_port)))
         metrics = Metrics(scenario)
 
         driver: GatewayDriver | None = None  # from when all replicas are ready
@@ -134,45 +156,73 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             if driver is not None:
                 driver.welcome(replica)
 
-        longest_s = HANG_STEPS * scenario.batcher.max_step_ms / 1000
-        # without a calibration only tokens bound a step: a large model on a small machine takes its time
-        bound = options.step_cost is not None or scenario.model.name == "fake"
-        hang_s = scenario.replica_hang_s or max(longest_s, 0.0 if bound else UNBOUND_HANG_S)
-        pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts, hang_s)
-        stack.push_async_callback(pool.stop)
-        specs = worker_specs(scenario, keys.tenants, options, hasher.key, epoch_ns, replica_cores, threads)
-        ready, *_ = await pool.start(specs)
+        def hear_text(sid: int, text: str) -> None:
+            if driver is not None:
+                driver.hear_text(sid, text)
+
+        def clock_ns() -> int:
+            return time.monotonic_ns() - epoch_ns
+
+        pool: ReplicaPool | UpstreamPool | SharedReplicas
+        if scenario.upstreams:
+            pool = UpstreamPool(scenario, keys.tenants, clock_ns, hear, hear_text, lost, back, folder)
+            stack.push_async_callback(pool.stop)
+            ready = await pool.start()
+        elif sibling is not None:
+            pool = SharedReplicas(sibling, hear, lost, back)
+            stack.push_async_callback(pool.stop)
+            ready = await pool.start()
+        else:
+            hang_s = hang_after_s(scenario, options)
+            pool = ReplicaPool(hear, lost, back, gone.set, scenario.replica_restarts, hang_s)
+            stack.push_async_callback(pool.stop)
+            specs = worker_specs(scenario, keys.tenants, options, hasher.key, epoch_ns, replica_cores, threads)
+            ready, *_ = await pool.start(specs)
         tokenizer = tokenizer_for(scenario.model.name)
-        config = gateway_config(scenario, keys.tenants)
+        config = gateway_config(scenario, keys.tenants, sibling.gateway if sibling else 0)
         journal: JournalWriter | None = None
         ledger: Ledger | None = None
         if folder is not None:
-            journal = JournalWriter(folder / "journal" / "gateway-0.ndjson", "gateway", config, hasher.key)
+            name, ledger_name = (sibling.name, f"records-{sibling.name}.ndjson") if sibling else ("0", "records.ndjson")
+            journal = JournalWriter(folder / "journal" / f"gateway-{name}.ndjson", "gateway", config, hasher.key)
             stack.callback(journal.close)
-            ledger = stack.enter_context(Ledger(folder / "ledger" / "records.ndjson"))
-        encoder = await start_encoder(scenario, own_cores)
+            ledger = stack.enter_context(Ledger(folder / "ledger" / ledger_name))
+        encoder, encoder_digest = await start_encoder(scenario, own_cores)
         if encoder is not None:
             stack.push_async_callback(encoder.stop)
         driver = GatewayDriver(
-            Gateway(config), lambda: time.monotonic_ns() - epoch_ns, pool, hasher, lambda: Detokenizer(tokenizer),
-            fallback_texts(scenario), journal, keep, encoder,
+            Gateway(config), clock_ns, pool, hasher, lambda: Detokenizer(tokenizer),
+            fallback_texts(scenario), journal, keep, encoder, called_off=keeper.called_off if keeper else None,
+            tell_others=sibling.tell_others if sibling else None,
         )
+        origin = origin_of(scenario, hash_key, ready.digest, encoder_digest)
+        warm_answers = keeper.warm(driver, origin) if keeper else 0
         facts = FactMaker(tokenizer, hasher, scenario, scenario.model.name)
         app = App(driver, keys, facts, scenario, scenario.model.name, metrics, encoder)
-        host, port = sock.getsockname()[:2]
-        files = [file for file in (journal, ledger) if file is not None]
-        engine = RunningEngine(f"http://{host}:{port}", driver, ready, app, epoch_ns, files, pool, gone)
+        host, port = socks[0].getsockname()[:2]
+        files: list[JournalWriter | Ledger | UpstreamPool] = [file for file in (journal, ledger) if file is not None]
+        files += [pool] if isinstance(pool, UpstreamPool) else []
+        connections = Connections(scenario.ingress, metrics.refused)
+        engine = RunningEngine(
+            f"http://{host}:{port}", driver, ready, app, epoch_ns, files, pool, gone, connections, warm_answers,
+            options.drain_s,
+        )
         for replica in set(range(scenario.replicas)) - set(pool.up):  # died while the rest was being started
             driver.lose(replica)
+        if isinstance(pool, SharedReplicas):
+            pool.greet()
         stack.callback(asyncio.create_task(_flush_often(engine)).cancel)
         server = _Uvicorn(
             uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False,
-                timeout_keep_alive=75, server_header=False, date_header=False,
-                timeout_graceful_shutdown=HANG_UP_S + 2,
+                app, http=partial(GuardedProtocol, connections),  # type: ignore[arg-type]
+                ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+                date_header=False, proxy_headers=False, timeout_graceful_shutdown=HANG_UP_S + 2,
             )
         )
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        if keeper is not None:
+            keeper.begin(driver, origin)
+            stack.push_async_callback(keeper.stop)
+        serving = asyncio.create_task(server.serve(sockets=socks))
         try:
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -182,7 +232,18 @@ async def running(scenario: Scenario, keys: KeyRing, options: ServeOptions) -> A
             await pool.stop()
             if encoder is not None:
                 await encoder.stop()
+            if keeper is not None:
+                await keeper.stop()
+                await keeper.save(driver, origin)
             driver.close()
+
+
+def hang_after_s(scenario: Scenario, options: ServeOptions) -> float:
+    """Work and no word for so long, and a replica hangs."""
+    longest_s = HANG_STEPS * scenario.batcher.max_step_ms / 1000
+    # without a calibration only tokens bound a step: a large model on a small machine takes its time
+    bound = options.step_cost is not None or scenario.model.name == "fake"
+    return scenario.replica_hang_s or max(longest_s, 0.0 if bound else UNBOUND_HANG_S)
 
 
 def worker_specs(
@@ -217,13 +278,14 @@ async def _flush_often(engine: RunningEngine) -> None:
         engine.flush()
 
 
-async def start_encoder(scenario: Scenario, cores: tuple[int, ...]) -> EncoderClient | None:
-    """The encoder, if a class is answered by similar questions. It shares the gateway's cores, not the replica's."""
+async def start_encoder(scenario: Scenario, cores: tuple[int, ...]) -> tuple[EncoderClient | None, str]:
+    """The encoder and its digest, if a class is answered by similar questions; on the gateway's cores, not the model's.
+    """
     if not scenario.semantic.enabled or all(cls.caches != "semantic" for cls in scenario.classes.values()):
-        return None
+        return None, ""
     encoder = EncoderClient()
-    await encoder.start(EncoderSpec(cores=cores))
-    return encoder
+    ready = await encoder.start(EncoderSpec(cores=cores))
+    return encoder, ready.digest
 
 
 class Ledger:
@@ -269,20 +331,3 @@ def fallback_texts(scenario: Scenario) -> dict[str, str]:
         for name, cls in scenario.classes.items()
         if cls.fallback
     }
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, or a clear word on why not."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise UserError(
-            f"cannot listen on {host} port {port}", why=error.strerror or str(error),
-            fix="give another --port, or 0 for a free one",
-        ) from None
-    sock.listen(2048)
-    sock.setblocking(False)
-    return sock

@@ -7,13 +7,14 @@ kept, and which neighbour will do, is the machine's to say.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from engine.events import DropVector, FindSimilar, Likeness, Neighbour, PlaceAnswer, Placed, Similar, StoreVector
 from engine.model.index import Encoding, VectorIndex
+from engine.model.index_file import Packed
 from engine.units import S_NS
 
 Word = Literal["ok", "late", "failed", "unfit"]  # unfit: too long to have a vector
@@ -24,6 +25,13 @@ Encode = Callable[[bytes, int, Done], Any]
 FRESH = 4096  # far more than questions can be under way
 ANSWERS = 8  # nearest answers that are named
 STORE_WITHIN_NS = 30 * S_NS  # an answered question whose vector was late is encoded once more, without hurry
+
+
+class PackedVectors(NamedTuple):
+    """Of answered questions, and of the answers that are compared by meaning."""
+
+    questions: Packed
+    answers: Packed
 
 
 class SimilarQuestions:
@@ -39,7 +47,7 @@ class SimilarQuestions:
         self._fresh: OrderedDict[bytes, np.ndarray] = OrderedDict()  # vectors just made, until their answer is there
         self._awaited: set[tuple[bytes, bytes]] = set()  # answered, and to be found as soon as their vector is there
         self._answers = VectorIndex(dims)  # of the texts of answers, where these are compared
-        self._answer_keys: dict[str, bytes] = {}  # answer id -> the hard key that it was compared under
+        self._answer_keys: dict[str, dict[bytes, None]] = {}  # answer id -> the hard keys that it was compared under
         self._looks: dict[int, Any] = {}  # rid -> its wait for the encoder
 
     def carry_out(self, action: FindSimilar | StoreVector | DropVector) -> None:
@@ -55,7 +63,7 @@ class SimilarQuestions:
 
     def place(self, action: PlaceAnswer, encode: Encode) -> None:
         """Compare an answer's text with the others under its hard key; ``encode`` knows it by the answer's id."""
-        self._answer_keys[action.answer_id] = action.hard_key
+        self._answer_keys.setdefault(action.answer_id, {})[action.hard_key] = None
         encode(
             action.answer_id.encode(), STORE_WITHIN_NS,
             lambda vector, _: self._place(action.hard_key, action.answer_id, vector),
@@ -63,7 +71,7 @@ class SimilarQuestions:
 
     def _place(self, hard_key: bytes, answer_id: str, vector: np.ndarray | None) -> None:
         near: list[tuple[bytes, int]] = []
-        if vector is not None and answer_id in self._answer_keys:
+        if vector is not None and hard_key in self._answer_keys.get(answer_id, {}):
             near = self._answers.search(hard_key, vector, ANSWERS)
             self._answers.add(hard_key, answer_id.encode(), vector)
         likes = tuple(Likeness(key.decode(), cosine) for key, cosine in near)
@@ -71,8 +79,30 @@ class SimilarQuestions:
 
     def drop_answer(self, answer_id: str) -> None:
         """No other answer is compared with it any more; unknown ids are no-ops."""
-        if (hard_key := self._answer_keys.pop(answer_id, None)) is not None:
+        for hard_key in self._answer_keys.pop(answer_id, {}):
             self._answers.remove(hard_key, answer_id.encode())
+
+    def knows(self, hard_key: bytes, text_key: bytes) -> bool:
+        """Whether there is a vector under these keys, by which the question can be found."""
+        return self._index.holds(hard_key, text_key)
+
+    def pack(self, encoder: str) -> PackedVectors:
+        """All vectors, copied. ``encoder``: its weights' digest."""
+        return PackedVectors(self._index.pack(encoder), self._answers.pack(encoder))
+
+    def take_back(
+        self, questions: VectorIndex, answers: VectorIndex, wanted: Iterable[tuple[bytes, bytes]], texts: Iterable[str]
+    ) -> None:
+        """Vectors of a former life in place of all that is here; of ``wanted`` keys and answers with ``texts`` only."""
+        for key in set(questions.keys()).difference(wanted):
+            questions.remove(*key)
+        there = {answer_id.encode() for answer_id in texts}
+        for hard_key, answer_id in answers.keys():  # noqa: SIM118
+            if answer_id in there:
+                self._answer_keys.setdefault(answer_id.decode(), {})[hard_key] = None
+            else:
+                answers.remove(hard_key, answer_id)
+        self._index, self._answers = questions, answers
 
     def forget(self, rid: int) -> None:
         """It has its answer, or is gone: nobody waits for the encoder any more. Unknown ids are no-ops."""

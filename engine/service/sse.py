@@ -55,12 +55,11 @@ class Listener:
         self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Listener:
-        self._watch = asyncio.create_task(self._until_gone())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._cancel(self.stream.rid)
-        if self._watch is not None:
+        if self._watch is not None and not self._watch.done():
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
 
@@ -72,6 +71,8 @@ class Listener:
                 return Piece()
             if piece or self.stream.end is not None:
                 return piece
+            if self._watch is None:  # an answer out of a cache is never waited for
+                self._watch = asyncio.create_task(self._until_gone())
             await self.stream.wait()
 
     async def _until_gone(self) -> None:

@@ -81,7 +81,7 @@ class ClientStream:
 
     def take(self) -> Piece:
         """All that has come since the last call."""
-        piece = joined(self.pieces)
+        piece = self.pieces[0] if len(self.pieces) == 1 else joined(self.pieces)
         self.pieces.clear()
         if self.end is None:
             self._news.clear()
@@ -108,6 +108,7 @@ class Tape:
         self.reason: EndReason = "stop"
         self.readers: list[ClientStream] = []
         self._detokenizer, self._stops = detokenizer, StopStrings(stops)
+        self._guessed = False  # pieces were counted, not tokens
         self._by_token = bool(stops)  # the token that completes a stop string must be known
         self._raw_chars = 0  # of all text that the tokens made, what is held back included
         self._waiting: list[Logged] = []  # for the text that they stand for
@@ -134,12 +135,24 @@ class Tape:
                 return True
         return False
 
-    def close(self, reason: EndReason, cached_tokens: int) -> None:
-        """No more tokens: what was held back, for an unfinished character or a stop string, comes out now."""
+    def record_text(self, text: str) -> bool:
+        """A piece without its tokens; it is taken for one until the end says how many there were."""
+        if self.cut:
+            return False
+        self._guessed = True
+        self._spread(self._stops.push(text), 1)
+        return self.cut
+
+    def close(self, reason: EndReason, cached_tokens: int, output_tokens: int = 0) -> None:
+        """No more tokens: what was held back, for an unfinished character or a stop string, comes out now.
+
+        ``output_tokens``: how many there were, 0 = as many as were recorded.
+        """
         rest = "" if self.cut else self._stops.push(self._detokenizer.flush())
         rest += self._stops.flush()
         self.reason = "stop" if self.cut else reason
-        self._spread(rest, 0, last=not self.cut)
+        more = output_tokens - self.tokens if self._guessed and output_tokens and not self.cut else 0
+        self._spread(rest, more, last=not self.cut)
         for reader in self.readers:
             reader.reason, reader.cached_tokens = self.reason, cached_tokens
 

@@ -68,10 +68,14 @@ class Bench:
         """Of the corpus's questions, by text key; computed at the first call if no run before has done so."""
         if self._vectors is None:
             corpus = read_corpus(self.scenario)
-            texts = [q.text.strip() for name in semantic_classes(self.scenario) for q in corpus.get(name, ())]
-            with Progress("encoding the questions", len(set(texts)), "texts") as progress:
-                found = vectors_of(texts, lambda done, of: progress.update(len(set(texts)) - of + done))
-            self._vectors = {self._facts.text_key(text): vector for text, vector in found.items()}
+            asks = {
+                (self.scenario.classes[name].tenant, q.text.strip())
+                for name in semantic_classes(self.scenario) for q in corpus.get(name, ())
+            }
+            texts = sorted({text for _, text in asks})
+            with Progress("encoding the questions", len(texts), "texts") as progress:
+                found = vectors_of(texts, lambda done, of: progress.update(len(texts) - of + done))
+            self._vectors = {self._facts.text_key(tenant, text): found[text] for tenant, text in asks}
         return self._vectors
 
     # ------------------------------------------------------------ capacity

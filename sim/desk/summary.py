@@ -21,7 +21,7 @@ __all__ = ["DEFLECTED", "Rate", "Summary", "Verdict", "demo_table", "good", "sum
 
 DEGRADED = ("approximate", "fallback")
 SHED = ("overloaded", "deadline_exceeded")
-LEVELS = 4
+LEVELS = 5
 NEEDED_LEVEL = 2  # the first at which sheddable work is kept from the model
 
 

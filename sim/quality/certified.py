@@ -127,7 +127,7 @@ class Chosen(msgspec.Struct, frozen=True):
 def choose(fit: Replay, rows: Sequence[int] | np.ndarray) -> Chosen:
     """Of these rows, in random order already: the first half is fitted on."""
     half = len(rows) // 2
-    weights = fit_weights(*rows_of(fit, rows[:half], FIT_SHUFFLES, seed=7))
+    weights = fit_weights(rows_of(fit, rows[:half], FIT_SHUFFLES, seed=7))
     wrong = wrong_at(fit, weights, np.asarray(rows[half:]))
     return Chosen(weights, tuple(certify(wrong, bound).least for bound in BOUNDS))
 
@@ -138,7 +138,7 @@ def compare(
     """Both readings at both bounds, and the curve. ``rows``: of ``fit`` that may be seen, all by default."""
     seen = np.arange(len(fit.questions)) if rows is None else np.asarray(rows)
     chosen = choose(fit, seen)
-    curve = calibrated_curve(test, fit_weights(*rows_of(fit, seen, FIT_SHUFFLES, seed=7)))
+    curve = calibrated_curve(test, fit_weights(rows_of(fit, seen, FIT_SHUFFLES, seed=7)))
     findings = []
     for bound, least in zip(BOUNDS, chosen.least, strict=True):
         before = None

@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 from scipy.optimize import minimize
 
-from engine.cache_config import CalibratedConfig, SemanticConfig, Weights
-from engine.policy.calibrated import CalibratedRule, evidence, options
-from sim.quality.fill import Replay
+from engine.cache_config import CalibratedConfig, SemanticConfig, Veto, Weights
+from engine.policy.calibrated import CalibratedRule, evidence, weighed
+from sim.quality.fill import Replay, Rows
 from sim.quality.neighbours import Present
 from sim.quality.rates import upper
 
@@ -38,10 +38,15 @@ class Certificate(msgspec.Struct, frozen=True):
     asked: int
 
 
-def rows_of(
-    replay: Replay, rows: Sequence[int] | np.ndarray, shuffles: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+class Seen(msgspec.Struct, frozen=True):
     """Evidence ``[m, features]`` of every option that would have been weighed, and whether it was right ``[m]``."""
+
+    found: np.ndarray
+    right: np.ndarray
+
+
+def rows_of(replay: Replay, rows: Rows, shuffles: int, seed: int, vetoes: Sequence[Veto] = ()) -> Seen:
+    """Each row asked once a shuffle, of a cache that keeps a share of them."""
     found: list[tuple[float, ...]] = []
     right: list[bool] = []
     for shuffle in range(shuffles):
@@ -49,17 +54,41 @@ def rows_of(
         present = Present(len(replay.questions))
         kept = rng.random(len(rows)) < KEPT[shuffle % len(KEPT)]
         for at, row in enumerate(rng.permutation(np.asarray(rows)).tolist()):
-            near, places = replay.near(row, present)
-            for own in options(near):
-                found.append(evidence(replay.questions.marks[row], near, own, own[0]))
-                right.append(replay.label_of[places[own[0]]] == replay.label_of[row])
+            _weigh(replay, row, present, vetoes, found, right)
             if kept[at]:
                 present.insert(row)
-    return np.array(found), np.array(right)
+    return Seen(np.array(found), np.array(right))
 
 
-def fit_weights(found: np.ndarray, right: np.ndarray) -> Weights:
-    """Maximum likelihood with a small ridge on standardised features; a feature that never varies gets 0."""
+def rows_against(replay: Replay, rows: Rows, stored: Rows, vetoes: Sequence[Veto] = ()) -> Seen:
+    """Each row asked once, of a cache that holds ``stored``."""
+    found: list[tuple[float, ...]] = []
+    right: list[bool] = []
+    present = Present(len(replay.questions))
+    for row in stored:
+        present.insert(int(row))
+    for row in rows:
+        _weigh(replay, int(row), present, vetoes, found, right)
+    return Seen(np.array(found), np.array(right))
+
+
+def _weigh(
+    replay: Replay, row: int, present: Present, vetoes: Sequence[Veto], found: list[tuple[float, ...]],
+    right: list[bool],
+) -> None:
+    """As the rule does."""
+    near, places = replay.near(row, present)
+    marks = replay.questions.marks[row]
+    for own, at in weighed(vetoes, marks, near):
+        found.append(evidence(marks, near, own, at))
+        right.append(replay.label_of[places[at]] == replay.label_of[row])
+
+
+def fit_weights(seen: Seen, share: np.ndarray | None = None) -> Weights:
+    """Maximum likelihood with a small ridge on standardised features; a feature that never varies gets 0. ``share``:
+    of each row in the whole ``[m]``, sum 1; all alike by default."""
+    found, right = seen.found, seen.right
+    part = np.full(len(right), 1 / len(right)) if share is None else share
     mean, deviation = found.mean(axis=0), found.std(axis=0)
     varies = deviation > 1e-9
     scaled = np.where(varies, (found - mean) / np.where(varies, deviation, 1.0), 0.0)
@@ -67,10 +96,10 @@ def fit_weights(found: np.ndarray, right: np.ndarray) -> Weights:
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         odds = weights[0] + scaled @ weights[1:]
-        slope = -sign / (1 + np.exp(np.clip(sign * odds, -700, 700)))
-        inner = scaled.T @ slope / len(sign) + 2 * RIDGE * weights[1:]
-        value = np.logaddexp(0, -sign * odds).mean() + RIDGE * (weights[1:] ** 2).sum()
-        return float(value), np.concatenate([[slope.mean()], inner])
+        slope = -sign * part / (1 + np.exp(np.clip(sign * odds, -700, 700)))
+        inner = scaled.T @ slope + 2 * RIDGE * weights[1:]
+        value = (part * np.logaddexp(0, -sign * odds)).sum() + RIDGE * (weights[1:] ** 2).sum()
+        return float(value), np.concatenate([[slope.sum()], inner])
 
     best = minimize(loss, np.zeros(found.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 5000}).x
     slopes = np.where(varies, best[1:] / np.where(varies, deviation, 1.0), 0.0)
@@ -87,11 +116,13 @@ def rule_at(weights: Weights, least: float, config: SemanticConfig = SemanticCon
     return CalibratedRule(msgspec.structs.replace(config, calibrated=given))
 
 
-def wrong_at(replay: Replay, weights: Weights, order: np.ndarray) -> Wrong:
+def wrong_at(
+    replay: Replay, weights: Weights, order: np.ndarray, config: SemanticConfig = SemanticConfig(vetoes=())  # noqa: B008
+) -> Wrong:
     """Fills the cache from empty in this order, at any threshold."""
 
     def count(least: float) -> tuple[int, int]:
-        outcomes = replay.fill(rule_at(weights, least), order)
+        outcomes = replay.fill(rule_at(weights, least, config), order)
         return int(outcomes.wrong.sum()), len(order)
 
     return count

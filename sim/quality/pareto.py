@@ -22,7 +22,7 @@ STYLE: Any = {
 LEAST_PERCENT = 0.008  # nothing is plotted left of it
 LEFT = (
     "calibrated, 0.25 %", "calibrated, 0.25 % + vetoes", "calibrated, 1.0 %", "adaptive, 1 %",
-    "GPTCache's default, cosine 0.60",
+    "GPTCache's rule, cosine 0.60",
 )  # names on this side of their points
 LINE_PERCENT = 2.7  # of deflection: two names on one side are so far apart
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
@@ -34,8 +35,8 @@ class Questions(msgspec.Struct, frozen=True):
     labels: tuple[str, ...]
     marks: tuple[TextMarks, ...]
     vectors: np.ndarray
-    traps: np.ndarray  # bool [n]
     scopes: tuple[str, ...]
+    read: np.ndarray  # bool [n]: of the half of the corpus that the authors of the word lists had read; all elsewhere
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -45,15 +46,15 @@ class Questions(msgspec.Struct, frozen=True):
         at = [int(row) for row in rows]
         return Questions(
             tuple(self.texts[i] for i in at), tuple(self.labels[i] for i in at), tuple(self.marks[i] for i in at),
-            self.vectors[at], self.traps[at], tuple(self.scopes[i] for i in at),
+            self.vectors[at], tuple(self.scopes[i] for i in at), self.read[at],
         )  # fmt: skip
 
     def and_then(self, more: Questions) -> Questions:
         """These rows, then those."""
         return Questions(
             self.texts + more.texts, self.labels + more.labels, self.marks + more.marks,
-            np.concatenate([self.vectors, more.vectors]), np.concatenate([self.traps, more.traps]),
-            self.scopes + more.scopes,
+            np.concatenate([self.vectors, more.vectors]), self.scopes + more.scopes,
+            np.concatenate([self.read, more.read]),
         )  # fmt: skip
 
 
@@ -68,19 +69,25 @@ def banking77(folder: Path, on_done: OnDone = lambda done, of: None) -> tuple[Qu
 def own_corpus(on_done: OnDone = lambda done, of: None) -> tuple[Questions, Questions]:
     """``data/corpora``: all wordings of all questions, and the traps."""
     asked, traps = (
-        _rows(data_path("corpora", name), "text", "answer_id", "traffic_class")
+        _rows(data_path("corpora", name), "text", "answer_id", "traffic_class", "question_id")
         for name in ("questions.csv", "traps.csv")
     )
     rows = asked + traps
     both = _questions(
         [row["text"] for row in rows], [row["answer_id"] for row in rows], on_done,
-        [row["traffic_class"] for row in rows], len(asked),
+        [row["traffic_class"] for row in rows], [is_read(row["question_id"]) for row in rows],
     )  # fmt: skip
     return both.take(range(len(asked))), both.take(range(len(asked), len(rows)))
 
 
+def is_read(question_id: str) -> bool:
+    """Whether a question, in all its wordings and with its trap, is of the half that the word lists' authors read."""
+    return blake2b(question_id.split("-")[0].encode()).digest()[0] % 2 == 0
+
+
 def _questions(
-    texts: list[str], labels: list[str], on_done: OnDone, scopes: list[str] | None = None, traps_from: int | None = None
+    texts: list[str], labels: list[str], on_done: OnDone, scopes: list[str] | None = None,
+    read: list[bool] | None = None,
 ) -> Questions:
     """Rows whose text is too long to have a vector are left out."""
     vectors = vectors_of(texts, on_done)
@@ -91,8 +98,8 @@ def _questions(
         tuple(labels[i] for i in kept),
         tuple(marks[texts[i]] for i in kept),
         np.stack([vectors[texts[i]] for i in kept]),
-        np.array([traps_from is not None and i >= traps_from for i in kept], bool),
         tuple(scopes[i] if scopes else "" for i in kept),
+        np.array([read is None or read[i] for i in kept], bool),
     )
 
 

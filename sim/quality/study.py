@@ -13,16 +13,17 @@ from itertools import product
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from engine.errors import UserError
-from sim.quality.certified import Finding, Point, Split, choose, compare, fixed_curve, rows_without, split
+from sim.quality.certified import Finding, Point, Split, compare, fixed_curve, rows_without, split
 from sim.quality.contest import Contestant, Row, contestants, rows, settings
 from sim.quality.fill import Replay
+from sim.quality.gptcache import SETTINGS, gptcache_row, peer_python
 from sim.quality.meanings import generated, groups_of, templated
 from sim.quality.pareto import pareto
 from sim.quality.questions import Questions, banking77, own_corpus
 from sim.quality.rates import Part
+from sim.quality.shipping import gather, ship
 
 SAME_COSINES = (0.95, 0.85)  # the first is the engine's default
 
@@ -49,9 +50,15 @@ def encoded(done: int, of: int) -> None:
 def contest(data: Split, train: Questions, test: Questions, entrants: Sequence[Contestant]) -> list[Row]:
     """The first table."""
     found: list[Row] = []
+    python = peer_python()
+    if python is None:
+        said("GPTCache itself is not here, and has no row: make bench-peers brings it")
     for setting in settings(data, train, test, own_corpus(encoded)):
         said(f"all rules: {setting.name}")
         found += rows(entrants, setting)
+        if python is not None and setting.name in SETTINGS:
+            said(f"GPTCache itself: {setting.name}")
+            found.append(gptcache_row(setting, python))
     return found
 
 
@@ -145,11 +152,10 @@ def main() -> int:
 
 
 def _print_fit(data: Split) -> int:
-    fit = Replay(data.fit)
-    for name, answers in (("known", data.fit.labels), ("unknown", [""] * len(data.fit))):
-        fit.show_answers(answers)
-        chosen = choose(fit, np.arange(len(data.fit)))
-        print(name, chosen.weights, "least:", chosen.least)
+    material = gather(data, *own_corpus(encoded))
+    for known in (True, False):
+        chosen = ship(material, known)
+        print("known" if known else "unknown", chosen.weights, "least:", chosen.least)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
@@ -52,11 +51,6 @@ class Material(msgspec.Struct, frozen=True):
 
     traps: list[Lookup]
     wordings: list[Lookup]
-
-
-def is_seen(asked: Text) -> bool:
-    """Whether it belongs to the half of the corpus that the authors of the word lists had read."""
-    return blake2b(asked.question.encode()).digest()[0] % 2 == 0
 
 
 def corpus(names: frozenset[str] = frozenset()) -> Material:

@@ -17,13 +17,14 @@ import msgspec
 from engine.cache_config import SemanticConfig, Veto
 from engine.errors import UserError
 from engine.policy.fixed import FixedRule
+from sim.quality.questions import is_read
 from sim.quality.rates import part
-from sim.quality.traps import Lookup, banking77, catalogue_names, corpus, is_seen
+from sim.quality.traps import Lookup, banking77, catalogue_names, corpus
 
 COSINES = (0.95, 0.90, 0.85)
-DEFAULT: tuple[Veto, ...] = ("numbers", "negation", "opposites")
+NAMELESS: tuple[Veto, ...] = ("numbers", "negation", "opposites")
 SETS: tuple[tuple[Veto, ...], ...] = (
-    (), ("numbers",), ("negation",), ("names",), ("opposites",), DEFAULT, (*DEFAULT, "names"),
+    (), ("numbers",), ("negation",), ("names",), ("opposites",), NAMELESS, SemanticConfig().vetoes,
 )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def share(count: int, total: int) -> str:
 def trap_table(traps: Sequence[Lookup]) -> list[str]:
     """Traps served: all, of the half that nobody had read, against the own question alone, and by kind."""
     kinds = sorted({lookup.asked.kind for lookup in traps})
-    unseen = [lookup for lookup in traps if not is_seen(lookup.asked)]
+    unseen = [lookup for lookup in traps if not is_read(lookup.asked.question)]
     lines = [f"traps served, of {len(traps)} | of the {len(unseen)} unread | own question only | {' '.join(kinds)}"]
     for cosine in COSINES:
         for vetoes in SETS:

@@ -1,7 +1,8 @@
 """The encoder as a server with a measured batch curve: what ``engine/service/encoder.py`` and its process do, in time.
 
-Newest first, up to ``max_batch`` at once; a text in flight is encoded once; a call past its deadline is a miss, and its
-vector is remembered all the same. Runs on any clock: SimPy's in the twin, a virtual asyncio loop in a test.
+Newest first, as many at once as live takes (``engine/model/batch_size.py``); a text in flight is encoded once; a call
+past its deadline is a miss, and its vector is remembered all the same. Runs on any clock: SimPy's in the twin, a
+virtual asyncio loop in a test.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.model.batch_size import BatchSize
 from engine.service.similar import Done
 from engine.values import Section
 
@@ -51,6 +53,7 @@ class EncoderServer:
         self._jobs: dict[bytes, _Job] = {}
         self._queue: list[_Job] = []
         self._busy = False
+        self._size = BatchSize(cost.max_batch)
         self.batches = self.texts = 0
 
     def encode(self, text_key: bytes, deadline_ns: int, done: Done) -> Call | None:
@@ -66,6 +69,7 @@ class EncoderServer:
         if job is None:
             job = self._jobs[text_key] = _Job(text_key, vector)
             self._queue.append(job)
+            self._size.asked(deadline_ns - self._now())
         call = Call(deadline_ns, done)
         job.calls.append(call)
         self._later(deadline_ns - self._now(), lambda: self._late(call))
@@ -86,7 +90,8 @@ class EncoderServer:
         if self._busy or not self._queue:
             return
         batch: list[_Job] = []
-        while self._queue and len(batch) < self._cost.max_batch:
+        most = self._size.next()
+        while self._queue and len(batch) < most:
             job = self._queue.pop()  # the newest
             if any(call.done is not None for call in job.calls):
                 batch.append(job)
@@ -98,6 +103,7 @@ class EncoderServer:
         self.batches += 1
         self.texts += len(batch)
         cost_ns = self._cost.fixed_ns + len(batch) * self._cost.text_ns
+        self._size.took(len(batch), cost_ns)
         self._later(cost_ns + self._cost.wire_ns, lambda: self._finish(batch))
 
     def _finish(self, batch: list[_Job]) -> None:

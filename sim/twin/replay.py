@@ -11,10 +11,11 @@ from typing import Any
 
 import msgspec
 
-from engine.config import GatewayConfig, ReplicaConfig
+from engine.config import GatewayConfig, LaneConfig
 from engine.errors import JournalError, ScenarioError
-from engine.ledger.journal import GatewayEntry, Journal, ReplicaEntry, open_journal
+from engine.ledger.journal import CONFIG_OF, Entry, Journal, open_journal
 from engine.policy.gateway import Gateway
+from engine.policy.lane import Lane
 from engine.policy.replica import Replica
 from engine.scenario import overlay
 from engine.units import S_NS
@@ -57,23 +58,23 @@ def replay(path: Path, sets: tuple[str, ...] = ()) -> Replayed:
     return Replayed(str(path), True, events, torn_bytes=journal.torn_bytes)
 
 
-def _differs(journal: Journal, record: int, entry: GatewayEntry | ReplicaEntry, fresh: list[Any]) -> Replayed:
+def _differs(journal: Journal, record: int, entry: Entry, fresh: list[Any]) -> Replayed:
     said = [msgspec.to_builtins(action) for action in entry.actions]
     event = msgspec.to_builtins(entry.event)
     difference = Difference(record, entry.at_ns / S_NS, event, said, fresh)
     return Replayed(str(journal.path), False, record, difference, journal.torn_bytes)
 
 
-def _machine(journal: Journal, sets: tuple[str, ...]) -> Gateway | Replica:
-    kind: type[GatewayConfig] | type[ReplicaConfig]
-    kind = GatewayConfig if journal.header.kind == "gateway" else ReplicaConfig
+def _machine(journal: Journal, sets: tuple[str, ...]) -> Gateway | Replica | Lane:
     tree = msgspec.json.decode(journal.header.config)
     for item in sets:
         overlay(tree, item)
     try:
-        config = msgspec.convert(tree, kind, strict=False)
+        config = msgspec.convert(tree, CONFIG_OF[journal.header.kind], strict=False)
     except msgspec.ValidationError as error:
         raise ScenarioError(f"cannot set that in this {journal.header.kind} journal: {error}", where="--set") from None
+    if isinstance(config, LaneConfig):
+        return Lane(config)
     return Gateway(config) if isinstance(config, GatewayConfig) else Replica(config)
 
 

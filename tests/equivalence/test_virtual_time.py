@@ -19,7 +19,9 @@ from engine.config import (
     ClassConfig,
     ExactConfig,
     LimiterConfig,
+    OverloadConfig,
     PrefixConfig,
+    RetryConfig,
     Scenario,
     SemanticConfig,
     TenantConfig,
@@ -61,7 +63,9 @@ def scenario(replicas: int = 1) -> Scenario:
         name="tight",
         replicas=replicas,
         classes={
-            "fraud": ClassConfig("critical", slo_ttft_ms=1000, max_tokens=4, caches="none", pinned=True),
+            "fraud": ClassConfig(
+                "critical", slo_ttft_ms=1000, max_tokens=4, caches="none", pinned=True, cap_rps=4.0
+            ),
             "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000, caches="semantic"),
             "tips": ClassConfig(
                 "sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt", caches="semantic"
@@ -73,7 +77,9 @@ def scenario(replicas: int = 1) -> Scenario:
         ),
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
         exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002, revalidate_s=2.0 * (replicas > 1)),
-        limiter=LimiterConfig(rate_rps=500, burst=500),
+        limiter=LimiterConfig(rate_rps=500, burst=500, user_rps=1.0, user_burst_s=4.0),
+        overload=OverloadConfig(quiet_windows=3),
+        retry=RetryConfig(budget_most=1),
         semantic=SemanticConfig(
             deadline_ms=45, cosine=0.97, approximate_cosine=0.9, ttl_s=4.0, stale_s=10.0, max_entries=30,
             audit_share=0.5, coalesce=replicas > 1,
@@ -99,7 +105,7 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
     out = []
     at_s = 0.0
     for rid in range(320):
-        at_s += rng.exponential(1 / (8 if at_s < 5 or at_s > 15 else 22))
+        at_s += rng.exponential(1 / (7 if at_s < 8 or at_s > 17 else 22))
         name = str(rng.choice(list(system), p=[0.1, 0.5, 0.4]))
         topic = int(rng.zipf(1.4)) % 40 if name != "fraud" else 1000 + rid
         words = f"question {topic} about the {'very ' * (topic % 13)}thing number {topic * topic}"
@@ -114,7 +120,8 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
             hard_key=hasher.digest("hard", tenant, name),
             blocks=hasher.chain(hasher.root(tenant, "fake"), prompt),
             pinned_blocks=len(system[name]) // 16 if cls.pinned else 0,
-            draw=int.from_bytes(hasher.digest("draw", str(rid))[:7], "little"),
+            draw=int.from_bytes(hasher.digest("draw", str(rid))[:7], "little"), attempt=int(rid % 5 == 0),
+            asker=hasher.digest("asker", str(rid % 7)) if rid % 3 == 0 else b"",
         )
         answer = said[: cls.max_tokens]
         text = decode(answer).encode()

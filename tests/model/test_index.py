@@ -187,13 +187,13 @@ def test_without_faiss_it_is_numpy_unless_faiss_was_asked_for(
 
 def test_a_gpu_is_taken_where_faiss_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     faiss = pytest.importorskip("faiss")
-    assert VectorIndex(DIMS).backend == ("gpu" if getattr(faiss, "get_num_gpus", int)() else "faiss")
+    assert VectorIndex(DIMS).backend == ("gpu" if getattr(faiss, "get_num_gpus", int)() else "numpy")
     resources: Callable[[], object] = object
     monkeypatch.setattr(faiss, "StandardGpuResources", resources, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
     assert VectorIndex(DIMS).backend == "gpu"
     assert VectorIndex(DIMS, "faiss").backend == "faiss"
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    assert VectorIndex(DIMS).backend == "faiss"
+    assert VectorIndex(DIMS).backend == "numpy"
     with pytest.raises(UserError, match="no GPU"):
         VectorIndex(DIMS, "gpu")

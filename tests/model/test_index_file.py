@@ -1,6 +1,6 @@
-"""The index on disk: what comes back answers as before, and what does not fit is refused in words.
+"""The index as bytes: what comes back answers as before, and what does not fit is refused in words.
 
-    pytest tests/model/test_index_file.py
+    python -m pytest tests/model/test_index_file.py -q
 
 Caught (each made on purpose in a copy): ages that begin at nought again; factors of 8-bit rows left out; an encoder
 that is not compared.
@@ -8,7 +8,7 @@ that is not compared.
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import numpy as np
 import pytest
@@ -36,17 +36,16 @@ def made(encoding: Encoding, seed: int = 0) -> tuple[VectorIndex, np.ndarray]:
 
 @pytest.mark.parametrize("encoding", ["float32", "int8"])
 def test_it_answers_as_before_and_goes_on_as_before(
-    encoding: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"LONGEST": 20, "SHORTEST": 4, "PROBED_ROWS": 60}.items():
         monkeypatch.setattr(inverted_index, name, value)
     index, rows = made(encoding)
-    path = tmp_path / "deep" / "vectors.npz"
-    index.save(path, ENCODER)
-    index.save(path, ENCODER)  # over the old one
-    assert [file.name for file in path.parent.iterdir()] == ["vectors.npz"]
-    again = VectorIndex.load(path, ENCODER, DIMS, "numpy", encoding, exact_rows=100)
-    assert len(again) == len(index)
+    packed = index.pack(ENCODER)
+    index.add(b"few", b"more", rows[0])  # what is packed is a copy
+    index.remove(b"few", b"more")
+    again = VectorIndex.unpack(packed.to_bytes(), "here", ENCODER, DIMS, "numpy", encoding, exact_rows=100)
+    assert sorted(again.keys()) == sorted(index.keys()) and len(again) == len(index) == len(index.keys())
     assert index.stats().approximate_rows > 200 and again.stats()[:4] == index.stats()[:4]
     for round_ in range(2):
         for row in rows[::7]:
@@ -58,44 +57,38 @@ def test_it_answers_as_before_and_goes_on_as_before(
                 each.add(b"many", b"n%d" % number, rows[number + round_])
 
 
-def test_an_empty_index_comes_back_empty(tmp_path: Path) -> None:
-    VectorIndex(DIMS, "numpy").save(tmp_path / "none.npz", ENCODER)
-    again = VectorIndex.load(tmp_path / "none.npz", ENCODER, DIMS, "numpy")
+def test_an_empty_index_comes_back_empty() -> None:
+    raw = VectorIndex(DIMS, "numpy").pack(ENCODER).to_bytes()
+    again = VectorIndex.unpack(raw, "here", ENCODER, DIMS, "numpy")
     assert len(again) == 0 and again.stats().entry_bytes == 0
 
 
-def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
-    path = tmp_path / "vectors.npz"
-    made("float32")[0].save(path, ENCODER)
-    with pytest.raises(UserError, match="its encoder is abc123, not other") as caught:
-        VectorIndex.load(path, "other", DIMS, "numpy")
-    assert caught.value.where == str(path) and "delete it" in caught.value.fix
-    with pytest.raises(UserError, match="its width is 16, not 17"):
-        VectorIndex.load(path, ENCODER, DIMS + 1, "numpy")
-    with pytest.raises(UserError, match="its encoding is float32, not int8"):
-        VectorIndex.load(path, ENCODER, DIMS, "numpy", "int8")
-    with pytest.raises(UserError, match="No such file"):
-        VectorIndex.load(tmp_path / "nowhere.npz", ENCODER, DIMS, "numpy")
+def test_what_does_not_fit_is_refused_in_words() -> None:
+    raw = made("float32")[0].pack(ENCODER).to_bytes()
+    with pytest.raises(UserError, match="their encoder is abc123, not other") as caught:
+        VectorIndex.unpack(raw, "here", "other", DIMS, "numpy")
+    assert caught.value.where == "here" and "delete them" in caught.value.fix
+    with pytest.raises(UserError, match="their width is 16, not 17"):
+        VectorIndex.unpack(raw, "here", ENCODER, DIMS + 1, "numpy")
+    with pytest.raises(UserError, match="their encoding is float32, not int8"):
+        VectorIndex.unpack(raw, "here", ENCODER, DIMS, "numpy", "int8")
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text", "version", "missing", "rows", "keys", "nan"])
-def test_a_damaged_file_is_refused_in_words(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "vectors.npz"
-    made("float32")[0].save(path, ENCODER)
-    raw = bytearray(path.read_bytes())
-    with np.load(path) as stored:
+def test_damaged_bytes_are_refused_in_words(damage: str) -> None:
+    raw = bytearray(made("float32")[0].pack(ENCODER).to_bytes())
+    with np.load(io.BytesIO(raw)) as stored:
         arrays = {name: stored[name] for name in stored.files}
     match damage:
         case "cut":
-            path.write_bytes(raw[: len(raw) // 2])
+            del raw[len(raw) // 2 :]
         case "bit":
             at = raw.find(arrays["vectors"].tobytes()[:64])
             raw[at + 5] ^= 64
-            path.write_bytes(raw)
         case "empty":
-            path.write_bytes(b"")
+            raw.clear()
         case "text":
-            path.write_text("no vectors here")
+            raw[:] = b"no vectors here"
         case "version":
             arrays["head"][0] += 1
         case "missing":
@@ -107,22 +100,8 @@ def test_a_damaged_file_is_refused_in_words(tmp_path: Path, damage: str) -> None
         case "nan":
             arrays["vectors"][3, 3] = np.nan
     if damage in ("version", "missing", "rows", "keys", "nan"):
-        np.savez(path, **arrays)
+        changed = io.BytesIO()
+        np.savez(changed, **arrays)
+        raw[:] = changed.getvalue()
     with pytest.raises(UserError, match="version 2" if damage == "version" else "damaged"):
-        VectorIndex.load(path, ENCODER, DIMS, "numpy")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "vectors.npz"
-    index, rows = made("float32")
-    index.save(path, ENCODER)
-    before = path.read_bytes()
-    index.add(b"few", b"more", rows[0])
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("engine.model.index_file.os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        index.save(path, ENCODER)
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["vectors.npz"]
+        VectorIndex.unpack(bytes(raw), "here", ENCODER, DIMS, "numpy")

@@ -1,4 +1,4 @@
-"""Audits, refreshes, similar questions in flight, what is called off, quarantine: through a whole gateway, by hand.
+"""Audits, refreshes, what is called off, quarantine, comparisons by meaning: through a whole gateway, by hand.
 
 Run: python -m pytest tests/policy/test_background.py -q
 """
@@ -7,103 +7,30 @@ from __future__ import annotations
 
 import pytest
 
-from engine.cache_config import ExactConfig, SemanticConfig
-from engine.config import ClassConfig, GatewayConfig, OverloadConfig, TenantConfig
 from engine.events import (
+    Abort,
     Answer,
-    Arrive,
     Attach,
-    BackgroundRecord,
-    Cancel,
     Drain,
-    DropVector,
     Ended,
-    EndReason,
-    FindSimilar,
-    FirstToken,
-    GatewayAction,
     Hold,
     Invalidate,
     Likeness,
-    Neighbour,
     PlaceAnswer,
     Placed,
     Pressure,
-    Record,
     Reject,
     Release,
     ReplicaBack,
     ReplicaLost,
-    Similar,
     StoreAnswer,
-    StoreVector,
     Submit,
-    TextMarks,
     Waiting,
     Wake,
 )
 from engine.policy.flights import BACKGROUND
-from engine.policy.gateway import Gateway
 from engine.units import MS_NS, S_NS
-
-ALWAYS, NEVER = 0, (1 << 31) - 1  # draws below every share, and below none
-
-
-class World:
-    """One gateway, spoken to by hand. Questions are one word; tenants, askers and tags by name."""
-
-    def __init__(self, revalidate_s: float = 0, **semantic: object) -> None:
-        cls = {"caches": "semantic", "slo_ttft_ms": 1000}
-        self.gateway = Gateway(
-            GatewayConfig(
-                classes={"qa": ClassConfig("standard", **cls), "vip": ClassConfig("critical", **cls)},  # type: ignore
-                tenants={"t": TenantConfig(), "u": TenantConfig()},
-                exact=ExactConfig(ttl_s=10, stale_s=40, revalidate_s=revalidate_s),
-                semantic=SemanticConfig(ttl_s=10, stale_s=40, **semantic),  # type: ignore[arg-type]
-                overload=OverloadConfig(window_ms=250),
-            )
-        )
-        self.now_ns, self.rid = 0, -1
-
-    def tell(self, event: object) -> list[GatewayAction]:
-        out = self.gateway.handle(self.now_ns, event)  # type: ignore[arg-type]
-        self.gateway.check()
-        return out
-
-    def ask(
-        self, text: str, near: float | None = None, of: str = "red", cls: str = "qa", tenant: str = "t",
-        asker: str = "", draw: int = NEVER, tags: tuple[str, ...] = (), marks: TextMarks = TextMarks(),  # noqa: B008
-    ) -> list[GatewayAction]:
-        """With the cosine to another question that the index finds."""
-        self.rid += 1
-        key = f"{tenant}{cls}{text}".encode()
-        out = self.tell(
-            Arrive(
-                self.rid, f"r{self.rid}", tenant, cls, self.now_ns, 5, 4, key, b"h" + tenant.encode(), text.encode(),
-                draw=draw, asker=asker.encode(), tags=tags, marks=marks,
-            )
-        )
-        if not only(out, FindSimilar):
-            return out
-        found = () if near is None else (Neighbour(of.encode(), round(near * 1e6)),)
-        return out + self.tell(Similar(self.rid, found))
-
-    def end(self, actions: list[GatewayAction], answer: str, reason: EndReason = "stop") -> list[GatewayAction]:
-        """The one submission among these actions is over."""
-        (submit,) = only(actions, Submit)
-        good = reason == "stop"
-        return self.tell(
-            Ended(submit.sid, reason, 5, 0, 3, answer_id=answer if good else "", answer_bytes=10 if good else 0)
-        )
-
-
-def only(actions: list[GatewayAction], kind: type) -> list:  # type: ignore[type-arg]
-    return [action for action in actions if isinstance(action, kind)]
-
-
-def records(actions: list[GatewayAction]) -> list[BackgroundRecord]:
-    return [a.record for a in only(actions, Record) if isinstance(a.record, BackgroundRecord)]
-
+from tests.policy.background_world import ALWAYS, NEVER, World, only, records
 
 # ------------------------------------------------------------ audits
 
@@ -203,53 +130,6 @@ def test_an_old_answer_serves_once_more_while_it_is_renewed() -> None:
     assert (answer.answer_id, answer.age_ns) == ("a9", 0)
     world.now_ns = 30 * S_NS
     assert not only(world.ask("red"), Answer), "beyond the window it is a miss"
-
-
-# ------------------------------------------------------------ similar questions in flight
-
-
-def test_a_paraphrase_waits_for_the_question_that_is_being_computed() -> None:
-    world = World(coalesce=True)
-    led = world.ask("red")
-    assert only(led, StoreVector) == [StoreVector(b"ht", b"red")], "it can be found from now on"
-    out = world.ask("crimson", near=0.96)
-    assert only(out, Attach) == [Attach(1, 0)] and not only(out, Submit)
-    world.tell(FirstToken(0))
-    done = world.end(led, "a1")
-    mine = [a for a in only(done, Answer) if a.rid == 1]
-    assert [(a.tier, a.answer_id, a.source, a.cosine_millionths) for a in mine] == [("coalesced", "a1", "r0", 960_000)]
-    assert not only(world.ask("crimson", near=0.96), Submit), "and is a semantic hit afterwards"
-
-
-def test_off_it_is_computed_beside_it() -> None:
-    world = World()
-    assert not only(world.ask("red"), StoreVector)
-    assert only(world.ask("crimson", near=0.96), Submit)
-
-
-def test_another_questions_failure_is_not_mine() -> None:
-    world = World(coalesce=True)
-    led = world.ask("red")
-    world.ask("crimson", near=0.96)
-    out = world.end(led, "", "failed")
-    assert [reject.rid for reject in only(out, Reject)] == [0]
-    assert [submit.rid for submit in only(out, Submit)] == [1], "it is computed for itself"
-    assert DropVector(b"ht", b"red") in out and not only(out, StoreAnswer)
-
-
-def test_a_critical_question_does_not_wait_for_a_standard_one() -> None:
-    world = World(coalesce=True)
-    world.ask("red")
-    assert only(world.ask("crimson", near=0.96, cls="vip"), Submit)
-
-
-def test_the_leaders_client_may_leave() -> None:
-    world = World(coalesce=True)
-    led = world.ask("red")
-    world.ask("crimson", near=0.96)
-    world.tell(Cancel(0))
-    done = world.end(led, "a1")
-    assert [a.rid for a in only(done, Answer)] == [1]
 
 
 # ------------------------------------------------------------ what is called off
@@ -412,21 +292,6 @@ def test_a_comparison_waits_for_no_vector_that_was_never_asked_for() -> None:
     assert row.right is None
 
 
-def test_an_opposite_question_in_flight_is_vetoed_like_an_answered_one() -> None:
-    world = World(coalesce=True)
-    world.ask("on", marks=TextMarks(poles=(5,)))
-    assert only(world.ask("off", near=0.97, of="on", marks=TextMarks(poles=(-5,))), Submit)
-
-
-def test_what_was_dropped_while_it_was_computed_anew_can_be_found_again() -> None:
-    world = World(coalesce=True)
-    world.end(world.ask("red"), "a1")
-    world.now_ns = 20 * S_NS  # past its time to live, but held
-    led = world.ask("red")
-    assert DropVector(b"ht", b"red") in world.tell(Invalidate(answer_id="a1"))
-    assert StoreVector(b"ht", b"red") in world.end(led, "a2")
-
-
 def test_an_answer_that_a_client_renewed_is_not_renewed_again() -> None:
     world = World(revalidate_s=5)
     world.end(world.ask("red"), "a1")
@@ -439,3 +304,79 @@ def test_an_answer_that_a_client_renewed_is_not_renewed_again() -> None:
     assert world.gateway.stats().jobs.waiting == 1
     assert not only(world.tell(Pressure(0, 10**9, 3)), Submit)
     assert world.gateway.stats().jobs.dropped == 1
+
+
+# ------------------------------------------------------------ replicas that hang under a job
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_job_that_no_replica_ends_makes_room_for_the_next(dies: bool) -> None:
+    world = World(audit_share=1.0)
+    world.end(world.ask("red"), "a1")
+    first = world.ask("crimson", near=0.96)
+    world.ask("scarlet", near=0.96)
+    (submit,) = only(first, Submit)
+    wake_ns = world.gateway.next_wake_ns()
+    assert wake_ns == world.gateway.config.classes["qa"].timeout_ms * MS_NS, "as long as one of its class"
+    world.now_ns = wake_ns - 1
+    assert not world.tell(Wake())
+    world.now_ns = wake_ns
+    out = world.tell(Wake())
+    assert only(out, Abort) == [Abort(submit.sid)] and only(out, Release) == [Release(1)]
+    assert [(row.request_id, row.done, row.right) for row in records(out)] == [("r1", False, None)]
+    (second,) = only(out, Submit)
+    assert second.rid == 2
+    if dies:
+        world.tell(ReplicaLost(0))
+    assert not world.tell(Ended(submit.sid, "lost" if dies else "aborted")), "no news any more"
+    (row,) = records(world.end(out, "a1"))
+    assert (row.request_id, row.right) == ("r2", True)
+    stats = world.gateway.stats()
+    assert (stats.jobs.done, stats.jobs.dropped, stats.jobs.open) == (1, 1, 0)
+    assert stats.fleet.breakers[0].state == "closed", "the lowest priority may starve at a good replica"
+
+
+def test_who_rides_on_a_job_that_is_given_up_keeps_his_own_time() -> None:
+    world = World(revalidate_s=5)
+    world.end(world.ask("red", cls="tip"), "a1")
+    world.now_ns = 12 * S_NS
+    out = world.ask("red", cls="tip")
+    (submit,) = only(out, Submit)
+    world.now_ns = 16 * S_NS  # beyond the window in which the old answer serves
+    assert only(world.ask("red", cls="tip"), Attach) == [Attach(2, submit.sid)]
+    world.now_ns = 42 * S_NS
+    out = world.tell(Wake())
+    assert not only(out, Abort) and [row.kind for row in records(out)] == ["refresh"]
+    world.now_ns = 46 * S_NS
+    out = world.tell(Wake())
+    assert [reject.code for reject in only(out, Reject)] == ["deadline_exceeded"]
+    assert only(out, Abort) == [Abort(submit.sid)]
+
+
+# ------------------------------------------------------------ equal texts under two hard keys
+
+
+def test_two_tenants_with_equal_answers_have_groups_of_their_own() -> None:
+    world = World(audit_share=1.0, identity="meaning", same_answer_cosine=0.9)
+    for tenant, like in (("t", "x1"), ("u", "y1")):
+        hard = b"h" + tenant.encode()
+        world.end(world.ask("red", tenant=tenant), like)
+        world.tell(Placed(hard, like))
+        out = world.end(world.ask("blue", tenant=tenant), "same")
+        assert only(out, PlaceAnswer) == [PlaceAnswer(hard, "same")], "compared under each hard key"
+        world.tell(Placed(hard, "same", (Likeness(like, 950_000),)))
+    for tenant, like in (("t", "x1"), ("u", "y1")):
+        (row,) = records(world.end(world.ask(f"crimson {tenant}", near=0.96, tenant=tenant), "same"))
+        assert (row.right, row.source) == (True, "r0" if like == "x1" else "r2")
+
+
+def test_two_tenants_that_wait_for_one_texts_vector_hear_each_their_own() -> None:
+    world = World(audit_share=1.0, identity="meaning", same_answer_cosine=0.9)
+    for tenant, first in (("t", "x1"), ("u", "y1")):
+        world.end(world.ask("red", tenant=tenant), first)
+        world.tell(Placed(b"h" + tenant.encode(), first))
+    for tenant in "tu":
+        assert not records(world.end(world.ask("crimson", near=0.96, tenant=tenant), "new"))
+    (mine,) = records(world.tell(Placed(b"ht", "new", (Likeness("x1", 950_000),))))
+    (other,) = records(world.tell(Placed(b"hu", "new", (Likeness("y1", 500_000),))))
+    assert [(row.request_id, row.right) for row in (mine, other)] == [("r2", True), ("r3", False)]

@@ -2,7 +2,8 @@
 
 Run: python -m pytest tests/policy/test_calibrated.py -q
 Mutations it caught: an entry served that may not; a vetoed wording passed over for another of the same answer; the
-margin taken to the nearest entry of any answer.
+margin taken to the nearest entry of any answer; the relaxed threshold for all; the weights of known answers for all;
+an entry without a known answer served past a nearer one that was vetoed.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ def test_serves_only_what_may_serve_and_is_sure_enough(marks, rows, vetoes, rela
     chosen = near[said.serve]
     own = next(group for group in options(near) if said.serve in group)
     assert chosen.servable
-    assert not any(vetoed(vetoes, marks, near[at].marks) for at in own), "no wording of the answer is vetoed"
-    assert not any(near[at].servable for at in own if at < said.serve), "the nearest of the answer that may"
+    bad = [vetoed(vetoes, marks, each.marks) for each in near]
+    assert not bad[own[0]], "what vetoes an answer's nearest wording vetoes the answer"
+    assert not bad[said.serve]
+    assert chosen.answer or not any(bad[: said.serve]), "its answer may be that of a nearer one that was vetoed"
+    assert not any(near[at].servable and not bad[at] for at in own if at < said.serve), "the nearest that may"
     weights = config.calibrated.known if chosen.answer else config.calibrated.unknown
     bias, *others = msgspec.structs.astuple(weights)
     odds = log_odds(tuple(others), bias, evidence(marks, near, own, said.serve))
@@ -105,21 +109,53 @@ def test_weights_are_in_the_order_of_the_evidence():
 
 def test_other_answers_nearby_are_evidence_against():
     rule = CalibratedRule(SemanticConfig())
-    mine = [(950_000 - 10_000 * at, "a", TextMarks(), True) for at in range(4)]
-    alone = near_of([*mine, *((500_000, "b", TextMarks(), True) for _ in range(4))])
-    contested = near_of([*mine, *((945_000, "b", TextMarks(), True) for _ in range(4))])
+    mine = [(950_000 - 5_000 * at, "a", TextMarks(), True) for at in range(8)]
+    alone = near_of(mine)
+    contested = near_of([*mine[:4], *((945_000, "b", TextMarks(), True) for _ in range(4))])
     assert rule.judge(TextMarks(), alone, False, 0).serve == 0
     assert rule.judge(TextMarks(), contested, False, 0).serve is None
 
 
-def test_a_vetoed_wording_vetoes_its_answer_unless_some_are_allowed():
-    five, none = TextMarks(numbers=b"5555"), TextMarks()
-    near = near_of([*((950_000 - 1000 * at, "a", none, True) for at in range(5)), (940_000, "a", five, True)])
-    strict = SemanticConfig(vetoes=("numbers",))
-    assert CalibratedRule(strict).judge(none, near, False, 0).serve is None
-    mild = msgspec.structs.replace(strict, calibrated=CalibratedConfig(vetoed_most=1, least=-99.0))
-    assert CalibratedRule(mild).judge(none, near, False, 0).serve == 0
-    assert CalibratedRule(mild).judge(five, near, False, 0).serve is None, "its nearest wording is vetoed"
+FIVE, NONE = TextMarks(numbers=b"5555"), TextMarks()
+SERVES_ALL = SemanticConfig(vetoes=("numbers",), calibrated=CalibratedConfig(least=-99.0, least_unknown=-99.0))
+
+
+def test_the_nearest_wording_that_is_vetoed_vetoes_its_answer_and_a_farther_one_only_itself():
+    near = near_of([(950_000, "a", NONE, False), (945_000, "a", FIVE, True), (940_000, "a", NONE, True)])
+    rule = CalibratedRule(SERVES_ALL)
+    assert rule.judge(FIVE, near, False, 0).serve is None
+    assert rule.judge(NONE, near, False, 0).serve == 2
+
+
+def test_an_unknown_answer_may_be_that_of_a_nearer_vetoed_entry():
+    rule = CalibratedRule(SERVES_ALL)
+    rows = [(950_000, "", NONE, True), (940_000, "", FIVE, True)]
+    assert rule.judge(FIVE, near_of(rows), False, 0).serve is None
+    assert rule.judge(NONE, near_of(rows), False, 0).serve == 0
+    known = [(950_000, "a", NONE, True), (940_000, "b", FIVE, True)]
+    assert rule.judge(FIVE, near_of(known), False, 0).serve == 1, "another answer is another answer"
+
+
+@pytest.mark.parametrize(("answer", "slope", "strict", "loose"), [("a", 10, 8, 6), ("", 20, 18, 12)])
+def test_each_sort_of_answer_has_its_own_weights_and_thresholds(answer, slope, strict, loose):
+    """Log-odds are ``slope`` times the cosine: below, between and above the two thresholds of this sort."""
+    rule = CalibratedRule(
+        SemanticConfig(
+            calibrated=CalibratedConfig(
+                known=Weights(cosine=10.0), least=8.0, approximate_least=6.0,
+                unknown=Weights(cosine=20.0), least_unknown=18.0, approximate_least_unknown=12.0,
+            )
+        )
+    )  # fmt: skip
+    for odds, served, when_relaxed in ((loose - 0.5, 0, 0), ((strict + loose) / 2, 0, 1), (strict + 0.5, 1, 1)):
+        near = near_of([(round(1e6 * odds / slope), answer, TextMarks(), True)])
+        said = rule.judge(TextMarks(), near, False, 0)
+        relaxed = rule.judge(TextMarks(), near, True, 0)
+        assert (said.serve is not None, relaxed.serve is not None) == (served, when_relaxed)
+        assert said.approximate is False
+        assert relaxed.approximate == (when_relaxed and not served)
+        if relaxed.serve is not None:
+            assert relaxed.odds_millionths == pytest.approx(1e6 * logistic(odds), abs=1)
 
 
 def test_nobody_near_is_a_miss():

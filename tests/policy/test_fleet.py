@@ -109,6 +109,37 @@ def test_a_death_says_nothing_to_the_breaker_and_gives_every_seat_back() -> None
     assert port.depart() is not None
 
 
+def test_who_fails_alone_is_to_blame_and_who_is_busy_is_not() -> None:
+    """An upstream that is there: its failures open the breaker; that it takes no more, or not this one, does not."""
+    port = Airport(1)
+    for reason in ("lost", "busy", "refused"):
+        flight = port.depart()
+        assert flight is not None
+        port.fleet.landed(3, flight, Ended(flight.sid, reason))  # type: ignore[arg-type]
+    stats = port.fleet.stats().breakers[0]
+    assert (stats.failed, stats.silent) == (1, 2)
+
+
+def test_nothing_goes_back_to_who_has_just_failed_or_takes_nothing() -> None:
+    port = Airport(3)
+    ask = Arrive(0, "r", "shop", "chat", 0, 100, 10)
+
+    def taken(now_ns: int, avoid: int | None = None) -> int:
+        seat = port.fleet.take(now_ns, ask, avoid)
+        assert seat is not None
+        return seat.replica
+
+    assert (taken(1), taken(1, avoid=0)) == (0, 1)
+    port.fleet.hear(Pressure(0, -1, running=0, closed_until_ns=50))
+    assert (taken(49), taken(49, avoid=1), taken(50)) == (1, 2, 0)
+    port.fleet.hear(Pressure(1, -1, running=0, closed_until_ns=90))
+    port.fleet.hear(Pressure(2, -1, running=0, closed_until_ns=90))
+    assert taken(60, avoid=0) == 1, "nobody else takes anything: it waits there rather than fail at once"
+    port.fleet.lose(0)
+    port.fleet.back(0)
+    assert taken(60) == 0, "a new life takes all"
+
+
 def test_a_lost_replicas_last_words_are_not_believed() -> None:
     port = Airport()
     words = Pressure(0, 5, running=1, waiting=(Waiting("chat", 1, 7),), queued_tokens=900)

@@ -64,6 +64,7 @@ class FlightsMachine(RuleBasedStateMachine):
             deserted = len(listening) == 1
             assert self.flights.leave(flight, rid) == deserted, "deserted: with the last one, and only then"
             if deserted:
+                flight.seat = None  # as the fleet does
                 self.hide(flight)
 
     @precondition(lambda self: self.open)

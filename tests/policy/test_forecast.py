@@ -186,7 +186,7 @@ def test_the_record_has_what_was_predicted_beside_what_came() -> None:
 
 
 def test_a_prediction_moves_the_level_of_a_class_that_waits_and_of_no_other() -> None:
-    for signal, level in ((False, 0), (True, 3)):
+    for signal, level in ((False, 0), (True, 2)):
         machine = gateway(predictive=False, signal=signal)
         assert isinstance(arrive(machine, 0, "chat"), Submit)
         machine.handle(S_NS // 10, Pressure(0, -1, 9, backlog_tokens=(0, 800, 0), prefill_tps=400))

@@ -113,7 +113,9 @@ def config(semantic: bool = True, exact: bool = True, breaker: bool = True, repl
         classes=CLASSES, tenants=TENANTS, limiter=LimiterConfig(token_burst_s=1e12), index=3,
         exact=ExactConfig(enabled=exact, ttl_s=2, stale_s=4),
         semantic=SemanticConfig(enabled=semantic, ttl_s=2, stale_s=4, cosine=0.95, approximate_cosine=0.85),
-        overload=OverloadConfig(window_ms=250, quiet_windows=3),
+        overload=OverloadConfig(  # all or nothing: whom a share leaves out is the business of test_admission.py
+            window_ms=250, quiet_windows=3, degraded_share=0.4, shed_share=0.5, graded=False,
+        ),
         breaker=BreakerConfig(enabled=breaker, window="count", window_size=6, minimum_calls=4, open_ms=1_000),
         encoder_breaker=BreakerConfig(
             enabled=breaker, window="count", window_size=6, minimum_calls=4, slow_share=0.5, open_ms=1_000
@@ -260,7 +262,7 @@ class GatewayWorld:
         self._tell(FirstToken(sid, 7, 2), spec)
 
     def end(self, sid: int, reason: EndReason, answer_id: str = "a", outputs: int = 3) -> None:
-        ran = reason not in ("deadline", "draining", "lost")
+        ran = reason not in ("deadline", "draining", "lost", "busy", "refused")
         good = reason in ("stop", "length")
         ended = Ended(
             sid, reason, computed_tokens=3 * ran, cached_tokens=2 * ran, output_tokens=outputs * ran, queue_ns=7 * ran,
@@ -272,7 +274,8 @@ class GatewayWorld:
             if flight is None:
                 return
             self._hide(flight)
-            self._give_back(flight, "ok" if good else "fail" if reason == "failed" else "cancelled")
+            failed = reason == "failed" or (reason == "lost" and flight.submit.replica in self.up)
+            self._give_back(flight, "ok" if good else "fail" if failed else "cancelled")
             for trip in flight.riders:
                 self._landed(trip, flight, ended)
 
@@ -443,7 +446,8 @@ class GatewayWorld:
             self._fall_back(trip, "breaker_open", min(self.breakers[n].retry_after_ns(self.now_ns) for n in self.up))
             self._close(trip)
         else:
-            self._lead(trip, self.router.choose(trusted, trip.ask))
+            others = [n for n in trusted if not (trip.retried and n == trip.row.get("replica"))]
+            self._lead(trip, self.router.choose(self.now_ns, others or trusted, trip.ask))
 
     def _cached(self, trip: Trip) -> tuple[str, tuple[str, int, str, int]] | None:
         entry = self.cache.get(trip.key)
@@ -483,7 +487,7 @@ class GatewayWorld:
         )
         permit = self.breakers[replica].acquire(self.now_ns)
         assert permit is not None
-        self.router.sent(submit.sid, replica, ask)
+        self.router.sent(self.now_ns, submit.sid, replica, ask)
         self.next_sid += 1
         trip.leads, trip.row["replica"] = True, replica
         flight = self.flights[submit.sid] = Flight(submit, trip.key, ask.request_id, permit, [trip])
@@ -496,7 +500,7 @@ class GatewayWorld:
         leads = trip is flight.riders[0]
         if not leads and not trip.outcome and ended.reason in ("aborted", "deadline", "draining"):
             return self._way(trip)
-        if ended.reason == "lost" and not trip.outcome and trip.first_ns is None and not trip.retried:
+        if ended.reason in ("lost", "busy") and not trip.outcome and trip.first_ns is None and not trip.retried:
             trip.retried = True
             return self._way(trip)
         if leads and ended.computed_tokens:
@@ -525,8 +529,11 @@ class GatewayWorld:
                 self._reject(trip, "draining", S_NS)
             elif ended.reason == "lost":
                 self._fall_back(trip, "replica_lost", S_NS)
+            elif ended.reason == "busy":
+                self._fall_back(trip, "upstream_busy", S_NS)
             else:
-                self._fall_back(trip, "model_failed" if ended.reason == "failed" else "deadline_exceeded", None)
+                hopeless = ended.reason in ("failed", "refused")
+                self._fall_back(trip, "model_failed" if hopeless else "deadline_exceeded", None)
         return self._close(trip)
 
     def _give_back(self, flight: Flight, verdict: str) -> None:
@@ -669,7 +676,9 @@ def some_end(world: GatewayWorld, flight: Flight, r: int) -> EndReason:
     if flight.aborted:
         return ("aborted", "aborted", "stop")[r % 3]  # it may have landed before it heard of it
     if flight.started:
-        return ("stop", "length", "failed")[r % 3]
+        return "lost" if r > 33 else ("stop", "length", "failed")[r % 3]
+    if r > 32:  # an upstream's, which is there all the same
+        return ("lost", "busy", "refused")[r % 3]
     return ("stop", "length", "deadline", "failed", "draining", "aborted")[r % 6]
 
 
@@ -704,7 +713,7 @@ class GatewayMachine(RuleBasedStateMachine):
             self.world.first_token(sids[pick % len(sids)])
 
     @precondition(lambda self: self.world.flights)
-    @rule(pick=st.integers(0, 9), reason=st.integers(0, 5), answer=st.sampled_from(["a", "b", ""]))
+    @rule(pick=st.integers(0, 9), reason=st.integers(0, 35), answer=st.sampled_from(["a", "b", ""]))
     def end(self, pick: int, reason: int, answer: str) -> None:
         sid = [*self.world.flights][pick % len(self.world.flights)]
         self.world.end(sid, some_end(self.world, self.world.flights[sid], reason), answer)
@@ -783,7 +792,7 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
             world.first_token(r.choice(flying))
         elif what < 0.82 and flying:
             sid = r.choice(flying)
-            world.end(sid, some_end(world, world.flights[sid], r.randrange(6)), r.choice("abc"))
+            world.end(sid, some_end(world, world.flights[sid], r.randrange(36)), r.choice("abc"))
         elif what < 0.9:
             name = r.choice([*CLASSES])
             ages_ms = {name: r.choice([0, 110, 260, 450, 700])} if r.random() < 0.5 else {}
@@ -804,7 +813,7 @@ def wander(world: GatewayWorld, seed: int, events: int, drain_at: int | None = N
 @pytest.mark.parametrize("seed", range(6))
 def test_long_random_traces(seed: int) -> None:
     settings = config(semantic=seed % 2 == 0, replicas=1 + seed % 3)
-    patient = OverloadConfig(window_ms=250, quiet_windows=3, degraded_share=0.68, shed_share=0.69)
+    patient = OverloadConfig(window_ms=250, quiet_windows=3, degraded_share=0.68, shed_share=0.69, graded=False)
     if settings.semantic.enabled:  # from level 2 on most classes are not looked up
         settings = msgspec.structs.replace(settings, overload=patient)
     world = GatewayWorld(settings)
@@ -1012,7 +1021,7 @@ def test_shed_work_may_still_ride_or_be_answered_from_the_cache() -> None:
 
 
 def test_the_last_resort_is_no_flood_either() -> None:
-    world = GatewayWorld(replace(config(), overload=OverloadConfig(fallback_rps=2.0)))
+    world = GatewayWorld(replace(config(), overload=OverloadConfig(fallback_rps=2.0, graded=False, quiet_windows=3)))
     world.pressure({"chat": 600})
     world.fallbacks = 2
     heard = [world.heard[world.arrive("reco")] for _ in range(3)]

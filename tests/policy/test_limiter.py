@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.config import LimiterConfig, TenantConfig
+from engine.policy.gcra import SWEEP_EVERY
 from engine.policy.limiter import Limiter, Verdict
 from engine.units import MS_NS, S_NS, US_NS
 
@@ -258,7 +259,7 @@ def test_a_burst_of_keys_at_one_moment_is_let_go_later() -> None:
     for i in range(50_000):
         limiter.take(0, f"key {i}", 0)
     assert limiter.stats().tenants == 50_000
-    for _ in range(50_000 // 4 + 2):
+    for _ in range(50_000 // 4 + SWEEP_EVERY):
         limiter.take(S_NS, "the last one", 0)
     assert limiter.stats().tenants <= 1
     limiter.check()

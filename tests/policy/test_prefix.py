@@ -221,7 +221,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.router.hear_kv(1, stored, removed)
         for block, digest in self.naive.names.items():
             ask = Arrive(0, "r", "t", "c", 0, SIZE + 1, 1, blocks=(digest,))
-            assert self.router.choose((0, 1), ask) == 1, f"block {block} is known to be there"
+            assert self.router.choose(0, (0, 1), ask) == 1, f"block {block} is known to be there"
         assert self.pool.drain() == ((), ())
 
     @rule(seconds=st.sampled_from([0, 1, 4, 10]))

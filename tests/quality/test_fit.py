@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sim.quality.fit import certify, fit_weights
+from sim.quality.fit import Seen, certify, fit_weights
 from sim.quality.rates import part, upper
+from sim.quality.shipping import _together
 
 
 def test_upper_bound_is_the_exact_one():
@@ -49,7 +50,23 @@ def test_the_fit_finds_the_weights_that_made_the_data():
     found[:, 5] = 0.0
     truth = np.array([0.5, -1.0, 2.0, 0.0, 1.5, 0.0, -0.5, 1.0, 0.3, 0.7, -0.2])
     right = rng.random(60_000) < 1 / (1 + np.exp(-(found @ truth - 0.4)))
-    bias, *weights = msgspec.structs.astuple(fit_weights(found, right))
+    bias, *weights = msgspec.structs.astuple(fit_weights(Seen(found, right)))
     assert bias == pytest.approx(-0.4, abs=0.06)
     assert weights == pytest.approx(truth, abs=0.2)
     assert weights[5] == 0
+
+
+def test_a_part_weighs_what_it_is_given_however_many_its_rows():
+    """Three times the rows at the same weight is the same fit."""
+    rng = np.random.default_rng(5)
+    one, two = (Seen(rng.normal(size=(400, 3)) + at, rng.random(400) < 0.5 + 0.3 * at) for at in (0, 1))
+    thrice = Seen(np.tile(two.found, (3, 1)), np.tile(two.right, 3))
+    seen, share = _together([(1.0, one), (0.2, two)])
+    assert share.sum() == pytest.approx(1)
+    assert share[400:].sum() == pytest.approx(0.2 / 1.2)
+    assert _solved(seen, share) == pytest.approx(_solved(*_together([(1.0, one), (0.2, thrice)])), abs=0.05)
+    assert _solved(seen, share) != pytest.approx(_solved(*_together([(1.0, one), (5.0, two)])), abs=0.05)
+
+
+def _solved(seen: Seen, share: np.ndarray) -> list[float]:
+    return list(msgspec.structs.astuple(fit_weights(seen, share)))[:4]

@@ -1,7 +1,8 @@
 """Neighbours against the real index, and a replay against a naive loop through that index.
 
 Run: python -m pytest tests/quality/test_replay.py -q
-Mutations it caught: ties ranked by row; the list's end taken for the end of the cache; a served question stored.
+Mutations it caught: ties ranked by row; the list's end taken for the end of the cache; a served question stored; a
+question that finds itself, by the ranked list or without it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from engine.policy.calibrated import CalibratedRule
 from engine.policy.fixed import FixedRule
 from engine.policy.rules import Candidate, Judgement
 from sim.quality.fill import Replay
-from sim.quality.fit import rows_of
+from sim.quality.fit import rows_against, rows_of
 from sim.quality.neighbours import Neighbours, Present
 from sim.quality.questions import Questions
 
@@ -34,7 +35,7 @@ def made(size: int, seed: int, scopes: int = 1) -> Questions:
     marks = tuple(TextMarks(words=bytes(rng.integers(97, 100, 4, dtype=np.uint8))) for _ in range(size))
     return Questions(
         tuple(f"text {i}" for i in range(size)), tuple(f"label {i}" for i in labels), marks, vectors,
-        np.zeros(size, bool), tuple(f"scope {i % scopes}" for i in range(size)),
+        tuple(f"scope {i % scopes}" for i in range(size)), np.ones(size, bool),
     )  # fmt: skip
 
 
@@ -51,13 +52,26 @@ def test_neighbours_are_those_of_the_index(depth, scopes):
         index.add(questions.scopes[row].encode(), row.to_bytes(4, "big"), questions.vectors[row])
 
 
-def test_a_question_never_finds_itself():
+@pytest.mark.parametrize("k", [3, 59, 60])
+def test_a_question_never_finds_itself(k):
+    """By the ranked list, and where that is too short for ``k``."""
     questions = made(60, seed=3)
     present = Present(60)
     for row in range(60):
         present.insert(row)
     neighbours = Neighbours(questions)
-    assert all(row not in neighbours.nearest(row, present, 59)[0] for row in range(60))
+    assert all(row not in neighbours.nearest(row, present, k)[0] for row in range(60))
+
+
+@pytest.mark.parametrize("size", [4, 60])
+def test_what_is_asked_again_is_neither_served_nor_fitted_on_by_itself(size):
+    """All rows are in the cache already, and none is another's duplicate."""
+    replay = Replay(made(160, seed=9).take(range(20, 20 + size)))
+    rows = range(size)
+    rule = FixedRule(SemanticConfig(cosine=0.9999))
+    assert not replay.fill(rule, rows, stored=rows).served.any()
+    assert rows_against(replay, rows, rows).found[:, 0].max() < 0.9999
+    assert replay.fill(FixedRule(SemanticConfig(cosine=0.2)), rows, stored=rows).served.any(), "or else nobody is near"
 
 
 @pytest.mark.parametrize("insert", [True, False])
@@ -115,7 +129,7 @@ def test_the_fit_sees_what_the_rule_sees(monkeypatch):
 
     questions = made(90, seed=7)
     replay = Replay(questions)
-    found, right = rows_of(replay, range(90), 1, seed=8)
+    seen = rows_of(replay, range(90), 1, seed=8)
     weighed = []
     real = calibrated.evidence
     monkeypatch.setattr(calibrated, "evidence", lambda *given: weighed.append(real(*given)) or weighed[-1])
@@ -123,8 +137,8 @@ def test_the_fit_sees_what_the_rule_sees(monkeypatch):
     never = SemanticConfig()
     never = never.__class__(calibrated=never.calibrated.__class__(least=1e9, least_unknown=1e9))
     replay.fill(CalibratedRule(never), order)
-    assert np.array_equal(np.array(weighed), found)
-    assert 0 < right.sum() < len(right)
+    assert np.array_equal(np.array(weighed), seen.found)
+    assert 0 < seen.right.sum() < len(seen.right)
 
 
 def _order(size: int, seed: int) -> np.ndarray:

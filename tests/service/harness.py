@@ -55,6 +55,7 @@ TENANTS = {
     "shop": 'classes = ["chat", "hasty"]\n',
     "bank": 'classes = ["fraud", "chat"]\n',
     "trickle": 'classes = ["chat"]\nrate_rps = 0.01\nburst = 1\n',
+    "office": 'classes = ["chat"]\nadmin = true\n',
 }
 
 
@@ -191,7 +192,7 @@ def start(
     try:
         born = (child for child in psutil.Process().children() if child.pid not in ours)  # the encoder is one, too
         workers = sorted((c for c in born if "engine.model.process" in c.cmdline()), key=lambda child: child.pid)
-        assert len(workers) == scenario.replicas
+        assert len(workers) == (0 if scenario.upstreams else scenario.replicas)
         engine = Engine(inside, loop, keys, workers, folder)
         engine.idle_tasks = engine.call(lambda: len(asyncio.all_tasks()) - 1)
         yield engine

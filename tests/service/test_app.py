@@ -16,7 +16,6 @@ import httpx
 import openai
 import pytest
 
-from engine.config import IngressConfig
 from engine.errors import RequestError
 from engine.events import Arrive, Ended
 from engine.ledger.journal import open_journal
@@ -222,7 +221,7 @@ def test_refusals_name_what_would_have_been_right(engine: Engine) -> None:
         assert got.headers["allow"] == "POST" and "POST" in check_error(got, 405, "method_not_allowed")
         got = client.post("/v1/models")
         assert got.headers["allow"] == "GET, HEAD"
-        assert CHAT in check_error(client.get("/"), 404, "not_found")
+        assert CHAT in check_error(client.get("/v2"), 404, "not_found")
         got = client.post(CHAT, json=body("x"), headers={"x-doorbuster-class": "vip"})
         assert "chat, fraud, hasty" in check_error(got, 400, "invalid_request", "x-doorbuster-class")
         got = client.post(CHAT, json={**body("x"), "model": "gpt-9"})
@@ -298,7 +297,7 @@ def test_no_byte_is_taken_in_past_the_limit(declared: bool) -> None:
     headers = [(b"content-length", b"1001")] if declared else []
     exchange = Exchange({"path": CHAT, "method": "POST", "headers": headers}, receive, send, 0)
     with pytest.raises(RequestError) as caught:
-        asyncio.run(exchange.body(IngressConfig(max_body_bytes=1000)))
+        asyncio.run(exchange.body(1000))
     assert caught.value.code == "body_too_large"
     assert taken == (0 if declared else 1200)
 

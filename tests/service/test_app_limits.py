@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from msgspec.structs import replace
 
-from engine.config import IngressConfig
+from engine.config import LimiterConfig
+from engine.ingress_config import IngressConfig
 from tests.service.conftest import Starter
 from tests.service.harness import CHAT, SCENARIO, Engine, body, check_error, dial
 
@@ -18,17 +19,15 @@ def test_a_tenant_over_its_rate_is_told_when_to_come_back(engine: Engine) -> Non
         for stream in (False, True):
             got = client.post(CHAT, json=body("two are not", stream=stream))
             check_error(got, 429, "rate_limited")
-            assert 95 <= int(got.headers["retry-after"]) <= 100  # one request in 100 s, rounded up
+            assert 95 <= int(got.headers["retry-after"]) <= 120  # one request in 100 s, and up to a fifth by lot
             assert got.headers["x-doorbuster-level"] == "0"
     with engine.http() as client:
         assert client.post(CHAT, json=body("others are not meant")).status_code == 200
 
 
 def test_a_request_that_could_never_pass_is_told_so(started: Starter) -> None:
-    engine = started()
-    grant = engine.inside.driver.machine.limiter._grants
-    engine.call(lambda: grant.update(trickle=grant["trickle"]._replace(token_rate=10**9, token_cap=10**18)))
-    with engine.http("trickle") as client:
+    engine = started(None, limiter=LimiterConfig(tokens_per_s=1.0, token_burst_s=1.0))
+    with engine.http() as client:
         got = client.post(CHAT, json=body("more than one token"))
         assert "never" in check_error(got, 429, "rate_limited")
 

@@ -38,6 +38,14 @@ def test_a_new_key_opens_the_door_that_its_stanza_describes(tmp_path: Path) -> N
     assert ring.authenticate(b"bearer  " + key.encode() + b" ") == "shop-1"
 
 
+@pytest.mark.parametrize("admin", [False, True])
+def test_an_admins_key_is_made_where_it_is_asked_for(tmp_path: Path, admin: bool) -> None:
+    _, stanza = new_key("office", ["chat"], admin=admin)
+    ring = load(tmp_path, stanza)
+    assert ring.is_admin("office") is admin
+    assert ring.tenants["office"].classes == ("chat",)
+
+
 def test_two_new_keys_differ_and_odd_names_survive_the_file() -> None:
     (one, _), (two, stanza) = new_key("a"), new_key('odd "name" of 7.5')
     assert one != two

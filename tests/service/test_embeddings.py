@@ -98,6 +98,18 @@ def test_a_text_is_encoded_once(encoding: Engine) -> None:
     assert after.remembered == before.remembered + 1
 
 
+def test_what_another_tenant_has_had_encoded_is_encoded_anew(encoding: Engine) -> None:
+    """The encoder's memory is ten times as fast as the encoder: nobody must learn by it what others have asked."""
+    before = encoding.call(client_of(encoding).stats)
+    vectors = []
+    for tenant in ("shop", "bank"):
+        with encoding.http(tenant) as client:
+            vectors.append(client.post(EMBEDDINGS, json=ask("a secret of the shop")).json()["data"][0]["embedding"])
+    after = encoding.call(client_of(encoding).stats)
+    assert vectors[0] == vectors[1] and after.memo_hits == before.memo_hits
+    assert after.remembered == before.remembered + 2
+
+
 def test_the_gateway_never_hears_of_it(encoding: Engine) -> None:
     before = encoding.stats()
     with encoding.http() as client:

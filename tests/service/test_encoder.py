@@ -375,7 +375,8 @@ def looping(path: Path, **spec: Any) -> Iterator[Gate]:
 
 
 def encode(id: int, text: str, wait_s: float = 60.0) -> Encode:
-    return Encode(id, text, time.monotonic_ns() + round(wait_s * 1e9))
+    within_ns = round(wait_s * 1e9)
+    return Encode(id, text, time.monotonic_ns() + within_ns, within_ns)
 
 
 def test_the_newest_go_first_the_dead_are_skipped_and_the_last_to_leave_ends_it(tmp_path: Path) -> None:
@@ -393,6 +394,18 @@ def test_the_newest_go_first_the_dead_are_skipped_and_the_last_to_leave_ends_it(
         Vector(0, b"first"), Skipped(6), Skipped(5),
         Vector(4, b"t4"), Vector(3, b"t3"), Vector(2, b"t2"), Vector(1, b"t1"),
     ]
+
+
+def test_a_batch_is_no_longer_than_its_askers_have_time_for(tmp_path: Path) -> None:
+    """Nobody can have two vectors within a nanosecond: three texts at once, then two, then one at a time."""
+    with looping(tmp_path / "s", max_batch=3) as gate:
+        peer = Peer(tmp_path / "s")
+        gate.go.release(6)
+        for _ in range(3):
+            peer.say(*[Encode(i, f"t{i}", encode(0, "").deadline_ns, within_ns=1) for i in range(3)])
+            assert [peer.hear() for _ in range(3)] == [Vector(i, b"t%d" % i) for i in (2, 1, 0)]
+        peer.socket.close()
+    assert [len(batch) for batch in gate.batches] == [3, 2, 1, 1, 1, 1]
 
 
 def test_gateways_share_batches_but_not_fates(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_facts_are_those_of_the_whole_conversation(maker: FactMaker, tokeniz
     assert (facts.rid, facts.request_id, facts.tenant, facts.arrived_ns) == (4, "r-4", "shop", 17)
     assert facts.prompt_tokens == len(prompt) and facts.max_tokens == 8
     assert facts.blocks == HASHER.chain(HASHER.root("shop", "tiny"), prompt)
-    assert facts.text_key == HASHER.digest("text", "Is it mine?")
+    assert facts.text_key == HASHER.digest("text", "shop", "Is it mine?")
 
 
 def test_the_short_way_to_the_ids_gives_the_ids_of_the_long_way(tokenizer: Tokenizer, maker: FactMaker) -> None:

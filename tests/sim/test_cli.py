@@ -202,6 +202,13 @@ def test_a_new_key_is_shown_once_and_only_its_digest_is_kept(tmp_path: Path) -> 
     assert done.stdout.startswith("[tenants.shop]\nkey_sha256 = ")
     assert "db-" in done.stderr
     assert "db-" not in done.stdout
+    assert "admin" not in done.stdout
+
+
+def test_an_admins_key_says_so_in_its_stanza(tmp_path: Path) -> None:
+    done = doorbuster("keys", "new", "office", "--admin", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.endswith("\nadmin = true\n")
 
 
 def test_doctor_tells_what_it_found(tmp_path: Path) -> None:
