@@ -35,6 +35,7 @@ class ClassConfig(Section):
     caches: Literal["none", "exact", "semantic"] = "exact"  # semantic: exact first, then similar questions
     depends_on: tuple[str, ...] = ("catalogue",)  # tags of its answers: what empties them, see `/admin/cache`
     fallback: str = ""  # file below data/corpora with the answer of last resort; "" = an explicit 503
+    retrieved: NonNegative = 0  # in the workload: passages about what is asked, put before each question (RAG)
     cap_rps: NonNegativeFloat = 0.0  # hard cap on the whole class; 0 = none. A critical class with one obeys no other
 
     @property

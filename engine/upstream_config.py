@@ -21,7 +21,7 @@ class UpstreamConfig(Section):
     health_path: str = "/v1/models"  # asked for with GET; llama.cpp and vLLM also have /health, which needs no key
     health_ms: Positive = 1000  # between two looks, and as long as one may take
     health_misses: Positive = 3  # in a row, and nothing heard meanwhile: it is lost until a look finds it again
-    connect_ms: Positive = 1000  # a server that is there accepts at once
+    connect_ms: Positive = 500  # a server that is there accepts at once; who waits can still be computed elsewhere
     silence_ms: Positive = 20_000  # no byte for so long and the request has failed; above the longest prefill
     start_ms: Positive = 10_000  # that it may take to answer when we start
 

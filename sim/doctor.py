@@ -114,7 +114,7 @@ def _kernels() -> Check:
 
 def _faiss() -> Check:
     if importlib.util.find_spec("faiss") is None:
-        return Check("faiss", None, "not installed: numpy searches instead", "pip install -e '.[cpu]'")
+        return Check("faiss", None, "not installed: only a GPU's index needs it", "pip install -e '.[cpu]'")
     return Check("faiss", True, "installed")
 
 

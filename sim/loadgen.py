@@ -90,7 +90,7 @@ async def _one(client: httpx.AsyncClient, key: str, request: Request, due_ns: in
     }
     body = {
         "model": "default",
-        "messages": [{"role": "user", "content": request.text}],
+        "messages": request.messages(),
         "stream": True,
         "stream_options": {"include_usage": True},
     }

@@ -20,6 +20,7 @@ from engine.scenario import Resolved, load
 from engine.service.auth import KeyRing
 from engine.service.connections import allow_many_files
 from engine.service.loop import run
+from engine.service.replicas import share_cores
 from engine.service.server import RunningEngine, ServeOptions, running
 from engine.service.supervisor import Supervisor, supervising
 from engine.stepcost import StepCost
@@ -62,7 +63,7 @@ def serve_until_stopped(
     fake_cost = _fake_cost(resolved)
     given, folder = folder, _run_folder(resolved, folder)
     options = ServeOptions(
-        host=host, port=port, folder=folder, fake_cost=fake_cost, step_cost=_step_cost(resolved.scenario)
+        host=host, port=port, folder=folder, fake_cost=fake_cost, step_cost=_step_cost(resolved.scenario, workers)
     )
     say(f"starting {resolved.scenario.model.name}; journal and ledger in {folder}")
     end: End | None = None
@@ -218,10 +219,12 @@ def _ring(keys: Path | None, host: str, resolved: Resolved) -> tuple[KeyRing, st
     return KeyRing.single()
 
 
-def _step_cost(scenario: Scenario) -> StepCost | None:
+def _step_cost(scenario: Scenario, workers: int) -> StepCost | None:
     """What a step costs here, as the twin finds it; without a calibration the token budget alone bounds a step."""
+    _, _, threads = share_cores(scenario.model.threads, scenario.replicas, workers)  # fewer with more ingress processes
+    model = msgspec.structs.replace(scenario.model, threads=threads)
     try:
-        return cost.for_model(scenario).cost
+        return cost.for_model(msgspec.structs.replace(scenario, model=model)).cost
     except CalibrationError:
         return None
 

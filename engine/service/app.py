@@ -93,6 +93,7 @@ class App:
         self._memo = Memo()
         self._in_flight = 0
         self._created = int(time.time())
+        self.status: StatusMaker | None = None
         self._pages = None if metrics is None else self._make_pages(scenario, metrics)
         self._routes: dict[str, tuple[tuple[str, ...], Callable[[Exchange], Awaitable[None]]]] = {
             "/v1/chat/completions": (("POST",), self._chat),
@@ -186,7 +187,7 @@ class App:
         await exchange.hand_on(self._pages)
 
     def _make_pages(self, scenario: Scenario, metrics: Metrics) -> Router:
-        maker = StatusMaker(scenario, self._model, self._driver, metrics, self.encoder is not None)
+        maker = self.status = StatusMaker(scenario, self._model, self._driver, metrics, self.encoder is not None)
         feed = Feed(lambda: encode_json(maker.look(self.draining)), lambda: self.draining)
         return pages(feed, document(scenario.ingress, self._model != FAKE_MODEL and not self._upstreams))
 

@@ -10,14 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
-import os
-import sys
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -37,6 +33,7 @@ from engine.model.encoder_process import (
     frame,
 )
 from engine.model.wire import Unframer
+from engine.service.encoder_host import EncoderHost, OwnEncoder
 from engine.service.similar import Done, Word
 from engine.units import S_NS
 
@@ -115,8 +112,10 @@ class Line(asyncio.Protocol):
 class EncoderClient:
     """One encoder process, kept alive, and the calls to it. Made on the running asyncio loop that it lives on."""
 
-    def __init__(self, remember: int = 50_000, hang_s: float = HANG_S) -> None:
-        """``remember``: vectors, 1.7 KiB each; the longest unused goes first."""
+    def __init__(
+        self, remember: int = 50_000, hang_s: float = HANG_S, host: EncoderHost | None = None
+    ) -> None:
+        """``remember``: vectors, 1.7 KiB each; the longest unused goes first. ``host``: None = a process of its own."""
         self._loop = asyncio.get_running_loop()
         self._remember, self._hang_ns = remember, round(hang_s * S_NS)
         self._memo: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -127,15 +126,23 @@ class EncoderClient:
         self._timer: asyncio.TimerHandle | None = None
         self._counts: dict[str, int] = dict.fromkeys(("ok", "late", "failed", "unfit", "memo", "joined", "restarts"), 0)
         self._heard_ns = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="doorbuster-")
+        self._host: EncoderHost = host or OwnEncoder()
         self._line: Line | None = None  # None while there is no process that is ready
-        self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
         """Of the process that is there now, ready or not."""
-        return self._process.pid if self._process is not None else None
+        return self._host.pid
+
+    @property
+    def path(self) -> str:
+        """Of the socket that others may connect to."""
+        return self._host.path
+
+    def kill(self) -> None:
+        """It hangs. A new one is started."""
+        self._host.kill()
 
     async def start(self, spec: EncoderSpec) -> Ready:
         """Spawn and wait for the weights; UserError when the process gives up. ``spec.socket_path`` is ours to say."""
@@ -200,10 +207,10 @@ class EncoderClient:
         if self._line is not None and self._line.transport is not None:
             self._line.transport.close()
             await self._line.gone.wait()
-        await self._bury(1.0 if connected else 0.0)
+        await self._host.bury(1.0 if connected else 0.0)
         if self._timer is not None:
             self._timer.cancel()
-        self._folder.cleanup()
+        self._host.close()
 
     # ------------------------------------------------------------ calls
 
@@ -283,9 +290,9 @@ class EncoderClient:
     # ------------------------------------------------------------ the process
 
     def _kill_if_hung(self) -> None:
-        if self._jobs and self._process is not None and time.monotonic_ns() - self._heard_ns > self._hang_ns:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        if self._jobs and time.monotonic_ns() - self._heard_ns > self._hang_ns:
+            self.kill()
+            self._heard_ns = time.monotonic_ns()  # said once, and again if that did not help
 
     def _lost(self, line: Line) -> None:
         if line is self._line:
@@ -303,7 +310,7 @@ class EncoderClient:
             born_s = self._loop.time()
             if self._line is not None:
                 await self._line.gone.wait()
-            await self._bury(0.0)
+            await self._host.bury(0.0)
             if self._loop.time() - born_s > STEADY_S:
                 pause_s = RESTART_S
             await asyncio.sleep(pause_s)
@@ -313,22 +320,15 @@ class EncoderClient:
                 await self._spawn(spec)
 
     async def _spawn(self, spec: EncoderSpec) -> Ready:
-        path = str(Path(self._folder.name) / f"encoder-{self._counts['restarts']}.sock")
-        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, spec.threads))}
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "engine.model.encoder_process", stdin=asyncio.subprocess.PIPE, env=env
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.msgpack.encode(msgspec.structs.replace(spec, socket_path=path)))
-        self._process.stdin.close()
+        await self._host.begin(spec)
         deadline_s = self._loop.time() + START_TIMEOUT_S
         line = Line(self._hear, self._lost)
         while True:
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                await self._loop.create_unix_connection(lambda: line, path)
+                await self._loop.create_unix_connection(lambda: line, self._host.path)
                 break
-            if self._process.returncode is not None:
-                raise UserError("the encoder process gave up", why=f"exit code {self._process.returncode}; see above")
+            if self._host.exit_code is not None:
+                raise UserError("the encoder process gave up", why=f"exit code {self._host.exit_code}; see above")
             if self._loop.time() > deadline_s:
                 raise UserError(f"the encoder process was not ready within {START_TIMEOUT_S:.0f} s")
             await asyncio.sleep(0.02)
@@ -341,14 +341,3 @@ class EncoderClient:
         finally:
             if self._line is not line and line.transport is not None:
                 line.transport.close()
-
-    async def _bury(self, grace_s: float) -> None:
-        """The process has ended when this returns."""
-        if self._process is None:
-            return
-        try:
-            await asyncio.wait_for(self._process.wait(), grace_s)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()

@@ -22,6 +22,7 @@ from engine.service.ingress_words import (
     CalledOff,
     Channel,
     DrainNow,
+    EncoderHangs,
     GivenUp,
     Hangs,
     IngressSpec,
@@ -43,7 +44,7 @@ class Ingress:
         self._spec: asyncio.Future[IngressSpec] = asyncio.get_running_loop().create_future()
         self._drain = asyncio.Event()
         self._engine: RunningEngine | None = None
-        self._given_up: list[int] = []
+        self._early: list[GivenUp | CalledOff] = []  # said before there was a gateway that it could be told
         self._done = False
         self.channel = Channel(self._hear, self._left_alone)
 
@@ -58,13 +59,14 @@ class Ingress:
         sibling = Sibling(
             spec.gateway, spec.name, spec.epoch_ns, spec.replicas, spec.hang_s,
             hangs=lambda replica: self.channel.say(Hangs(replica)),
+            encoder=spec.encoder, encoder_hangs=lambda: self.channel.say(EncoderHangs()),
             tell_others=lambda what: self.channel.say(CalledOff(what)), own_port=spec.own_port,
         )
         try:
             async with running(spec.scenario, keys, options, sibling) as engine:
                 self._engine = engine
-                for replica in self._given_up:
-                    engine.driver.lose(replica, for_good=True)
+                for word in self._early:
+                    _tell(engine, word)
                 self.channel.say(Up(os.getpid(), engine.warm_answers))
                 await self._drain.wait()
                 await engine.drain()
@@ -82,18 +84,24 @@ class Ingress:
                 self._spec.set_result(word)
             case DrainNow():
                 self._drain.set()
-            case GivenUp(replica=replica):
-                self._given_up.append(replica)
-                if self._engine is not None:
-                    self._engine.driver.lose(replica, for_good=True)
-            case CalledOff(what=what) if self._engine is not None:
-                self._engine.driver.call_off(what)
+            case GivenUp() | CalledOff() if self._engine is None:
+                self._early.append(word)
+            case GivenUp() | CalledOff():
+                assert self._engine is not None
+                _tell(self._engine, word)
             case _:
                 pass
 
     def _left_alone(self) -> None:
         if not self._done:
             _leave(self._engine)
+
+
+def _tell(engine: RunningEngine, word: GivenUp | CalledOff) -> None:
+    if isinstance(word, GivenUp):
+        engine.driver.lose(word.replica, for_good=True)
+    else:
+        engine.driver.call_off(word.what)
 
 
 def _leave(engine: RunningEngine | None) -> NoReturn:

@@ -35,6 +35,7 @@ class IngressSpec(msgspec.Struct, frozen=True, tag=True):
     epoch_ns: int  # of the machine's monotonic clock: all processes count from here
     replicas: tuple[str, ...]  # their sockets; () = there are upstreams instead
     hang_s: float
+    encoder: str  # its socket; "" = there is none
 
 
 class Up(msgspec.Struct, frozen=True, tag=True):
@@ -59,6 +60,10 @@ class Hangs(msgspec.Struct, frozen=True, tag=True):
     replica: int
 
 
+class EncoderHangs(msgspec.Struct, frozen=True, tag=True):
+    """The encoder is asked and says nothing."""
+
+
 class CalledOff(msgspec.Struct, frozen=True, tag=True):
     """These answers serve nobody any more: said by one, passed on to all others."""
 
@@ -75,7 +80,7 @@ class DrainNow(msgspec.Struct, frozen=True, tag=True):
     """Take no more work, finish what runs, leave."""
 
 
-Word = IngressSpec | Up | Refused | Hangs | CalledOff | GivenUp | DrainNow
+Word = IngressSpec | Up | Refused | Hangs | EncoderHangs | CalledOff | GivenUp | DrainNow
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Word).decode

@@ -1,9 +1,9 @@
 """``/openapi.json``: the HTTP face in OpenAPI 3.1's words, built from what decodes and encodes it.
 
 Schemas come from the msgspec types themselves, with what their decoders check beyond the types added here; refusals
-from ``errors.STATUS_OF_CODE``; limits from the configuration. What JSON Schema cannot say (a context's length, which classes
-a key grants) stands in words. Nothing in it is particular to a deployment but its limits, so it needs no key.
-"""  # noqa: E501
+from ``errors.STATUS_OF_CODE``; limits from the configuration. What JSON Schema cannot say (a context's length, which
+classes a key grants) stands in words. Nothing in it is particular to a deployment but its limits, so it needs no key.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ WORDS: dict[str, str] = {
     "x-doorbuster-source": "Id of the request that computed the answer, where another did.",
     "x-doorbuster-cosine": "Similarity to the question that was answered, where it was not the same.",
 }
+LEVEL = "x-doorbuster-level"
 ALWAYS = ("x-request-id", "x-doorbuster-tier", "x-doorbuster-level")
 PROVENANCE = ("x-doorbuster-tier", "x-doorbuster-level", "x-doorbuster-age-s", "x-doorbuster-source",
               "x-doorbuster-cosine")
@@ -95,7 +96,7 @@ def _operation(operation: Operation, method: str, limits: IngressConfig) -> Json
     out: Json = {
         "operationId": operation.name if method != "HEAD" else f"{operation.name}Head",
         "summary": operation.summary,
-        "responses": {"200": _good(operation, method)} | _refusals(operation.codes, bodyless=method == "HEAD"),
+        "responses": {"200": _good(operation, method)} | _refusals(operation, bodyless=method == "HEAD"),
     }
     if operation.open_to != "keys":
         out["security"] = [{}] if operation.open_to == "all" else [{"key": []}, {}]  # no key from this machine itself
@@ -116,7 +117,7 @@ def _operation(operation: Operation, method: str, limits: IngressConfig) -> Json
 
 def _good(operation: Operation, method: str) -> Json:
     out: Json = {"description": "Done.", "headers": _headers_out(("x-request-id",))}
-    if operation.event and operation.answer and operation.body:
+    if operation.is_text:
         out["headers"] |= _headers_out(PROVENANCE)
     if method == "HEAD":
         return out
@@ -138,15 +139,17 @@ def _good(operation: Operation, method: str) -> Json:
     return out | {"content": content}
 
 
-def _refusals(codes: Iterable[str], bodyless: bool) -> Json:
+def _refusals(operation: Operation, bodyless: bool) -> Json:
     by_status: dict[int, list[str]] = {}
-    for code in codes:
+    for code in operation.codes:
         by_status.setdefault(STATUS_OF_CODE[code], []).append(code)
     out: Json = {}
     for status, those in sorted(by_status.items()):
         names: tuple[str, ...] = ("x-request-id",)
         names += ("retry-after",) if status in (429, 503) else ("www-authenticate",) if status == 401 else ()
         one = out[str(status)] = {"description": " or ".join(those), "headers": _headers_out(names)}
+        if operation.is_text and status >= 429:  # the machine's own word, if it got that far
+            one["headers"] |= {LEVEL: _headers_out([LEVEL])[LEVEL] | {"required": False}}
         if not bodyless:
             these: Json = {"properties": {"error": {"properties": {"code": {"enum": those}}}}}
             one["content"] = {"application/json": {"schema": {"allOf": [_ref("ErrorObject"), these]}}}
@@ -160,6 +163,7 @@ def _headers_out(names: Iterable[str]) -> Json:
 
 
 def _headers_in() -> dict[str, Json]:
+    tag = rf"[ \t]*({TAG.pattern})?[ \t]*"
     return {
         "x-request-id": {"description": WORDS["x-request-id"], "schema": SAID},
         "x-doorbuster-class": {
@@ -167,9 +171,8 @@ def _headers_in() -> dict[str, Json]:
             "schema": SAID,
         },
         TAGS_HEADER: {
-            "description": "What the answer depends on, for flushes by tag.", "style": "simple", "explode": False,
-            "schema": {"type": "array", "maxItems": MOST_TAGS,
-                       "items": {"type": "string", "pattern": f"^{TAG.pattern}$"}},
+            "description": f"What the answer depends on, for flushes by tag: at most {MOST_TAGS}, between commas.",
+            "schema": {"type": "string", "pattern": f"^{tag}(,{tag}){{0,{MOST_TAGS - 1}}}$"},
         },
         "x-stainless-retry-count": {
             "description": "How often the client has tried before, 0 to 100; anything else counts as 0.",

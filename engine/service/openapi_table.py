@@ -34,6 +34,11 @@ class Operation(NamedTuple):
     headers: tuple[str, ...] = ("x-request-id",)
     takes_limit: bool = False
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the gateway answers it, from whatever tier."""
+        return "x-doorbuster-class" in self.headers
+
 
 READ = ("GET", "HEAD")
 OPERATIONS = (

@@ -18,7 +18,7 @@ from engine.service.feed import Feed
 HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
@@ -37,9 +37,8 @@ class Watching(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As every response of Starlette's."""
-        await self._feed.serve(
-            receive, send, {"type": "http.response.start", "status": 200, "headers": list(EVENT_HEADERS)}  # type: ignore[arg-type]
-        )
+        start = {"type": "http.response.start", "status": 200, "headers": list(EVENT_HEADERS)}
+        await self._feed.serve(receive, send, start)  # type: ignore[arg-type]
 
 
 def pages(feed: Feed, document: bytes) -> Router:

@@ -37,8 +37,8 @@ class _Second:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.ends: Counter[tuple[str, str]] = Counter()  # by tier and class
-        self.latencies: dict[Kind, Counter[int]] = {}
+        self.ends: dict[tuple[str, str], int] = {}  # by tier and class
+        self.latencies: dict[tuple[str, str, int], int] = {}  # by kind, class and step
 
 
 class Recent:
@@ -52,13 +52,15 @@ class Recent:
         second = self._second((record.arrived_ns + record.e2e_ns) // S_NS)
         if second is None:
             return
-        name = record.traffic_class
-        served = record.outcome == "served" and record.tier is not None
-        second.ends[record.tier if served and record.tier else NOT_SERVED, name] += 1
+        name, counts = record.traffic_class, second.latencies
+        tier = record.tier if record.outcome == "served" and record.tier else NOT_SERVED
+        second.ends[tier, name] = second.ends.get((tier, name), 0) + 1
         if record.ttft_ns is not None:
-            second.latencies.setdefault(("ttft", name), Counter())[step_of(record.ttft_ns)] += 1
-        if served:
-            second.latencies.setdefault(("e2e", name), Counter())[step_of(record.e2e_ns)] += 1
+            key = "ttft", name, step_of(record.ttft_ns)
+            counts[key] = counts.get(key, 0) + 1
+        if tier != NOT_SERVED:
+            key = "e2e", name, step_of(record.e2e_ns)
+            counts[key] = counts.get(key, 0) + 1
 
     def per_second(self, now_ns: int, tier: str) -> tuple[int, ...]:
         """Requests that ended with this tier, or ``NOT_SERVED``, in each of the last whole seconds; oldest first."""
@@ -81,9 +83,11 @@ class Recent:
         """Nearest-rank quantiles."""
         steps: Counter[int] = Counter()
         for second in self._seconds(now_ns):
-            steps.update(second.latencies.get(kind, {}))
-        count = steps.total()
-        return Latency(count, *(_quantile(steps, count, share) for share in (0.5, 0.95)))
+            for (what, name, step), count in second.latencies.items():
+                if (what, name) == kind:
+                    steps[step] += count
+        number = steps.total()
+        return Latency(number, *(_quantile(steps, number, share) for share in (0.5, 0.95)))
 
     def _second(self, number: int) -> _Second | None:
         at = number % len(self._ring)

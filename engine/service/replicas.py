@@ -28,9 +28,9 @@ def share_cores(threads: int, replicas: int = 1, gateways: int = 1) -> tuple[tup
     """(cores of gateway and load, cores of all replicas, torch threads of one); no pinning where they do not suffice.
 
     ``threads`` 0 = all but one core for each gateway, in equal parts. Replica n has ``threads`` cores from
-    ``n * threads`` on. Torch beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart, from 136 to 145 ms (measured on
-    two cores).
-    """  # noqa: E501
+    ``n * threads`` on. Torch beside an encoder on shared cores: a decode step grew from 89 to 2,448 ms; apart, from 136
+    to 145 ms (measured on two cores).
+    """
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
     count = len(cores) or os.cpu_count() or 1
     threads = threads or max(1, (count - gateways) // replicas)

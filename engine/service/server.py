@@ -38,6 +38,7 @@ from engine.service.auth import KeyRing
 from engine.service.connections import Connections
 from engine.service.driver import GatewayDriver
 from engine.service.encoder import EncoderClient
+from engine.service.encoder_host import EncoderHost, SharedEncoder
 from engine.service.facts import FactMaker
 from engine.service.keeper import SnapshotKeeper, origin_of
 from engine.service.listening import join, listen
@@ -165,7 +166,8 @@ async def running(
 
         pool: ReplicaPool | UpstreamPool | SharedReplicas
         if scenario.upstreams:
-            pool = UpstreamPool(scenario, keys.tenants, clock_ns, hear, hear_text, lost, back, folder)
+            lane = f"lane-of-{sibling.name}" if sibling else "lane"
+            pool = UpstreamPool(scenario, keys.tenants, clock_ns, hear, hear_text, lost, back, folder, lane)
             stack.push_async_callback(pool.stop)
             ready = await pool.start()
         elif sibling is not None:
@@ -187,7 +189,8 @@ async def running(
             journal = JournalWriter(folder / "journal" / f"gateway-{name}.ndjson", "gateway", config, hasher.key)
             stack.callback(journal.close)
             ledger = stack.enter_context(Ledger(folder / "ledger" / ledger_name))
-        encoder, encoder_digest = await start_encoder(scenario, own_cores)
+        host = SharedEncoder(sibling.encoder, sibling.encoder_hangs) if sibling else None
+        encoder, encoder_digest = await start_encoder(scenario, own_cores, host)
         if encoder is not None:
             stack.push_async_callback(encoder.stop)
         driver = GatewayDriver(
@@ -199,12 +202,12 @@ async def running(
         warm_answers = keeper.warm(driver, origin) if keeper else 0
         facts = FactMaker(tokenizer, hasher, scenario, scenario.model.name)
         app = App(driver, keys, facts, scenario, scenario.model.name, metrics, encoder)
-        host, port = socks[0].getsockname()[:2]
+        address, port = socks[0].getsockname()[:2]
         files: list[JournalWriter | Ledger | UpstreamPool] = [file for file in (journal, ledger) if file is not None]
         files += [pool] if isinstance(pool, UpstreamPool) else []
         connections = Connections(scenario.ingress, metrics.refused)
         engine = RunningEngine(
-            f"http://{host}:{port}", driver, ready, app, epoch_ns, files, pool, gone, connections, warm_answers,
+            f"http://{address}:{port}", driver, ready, app, epoch_ns, files, pool, gone, connections, warm_answers,
             options.drain_s,
         )
         for replica in set(range(scenario.replicas)) - set(pool.up):  # died while the rest was being started
@@ -278,12 +281,16 @@ async def _flush_often(engine: RunningEngine) -> None:
         engine.flush()
 
 
-async def start_encoder(scenario: Scenario, cores: tuple[int, ...]) -> tuple[EncoderClient | None, str]:
+async def start_encoder(
+    scenario: Scenario, cores: tuple[int, ...], host: EncoderHost | None = None
+) -> tuple[EncoderClient | None, str]:
     """The encoder and its digest, if a class is answered by similar questions; on the gateway's cores, not the model's.
+
+    ``host``: None = a process of its own.
     """
     if not scenario.semantic.enabled or all(cls.caches != "semantic" for cls in scenario.classes.values()):
         return None, ""
-    encoder = EncoderClient()
+    encoder = EncoderClient(host=host)
     ready = await encoder.start(EncoderSpec(cores=cores))
     return encoder, ready.digest
 

@@ -30,6 +30,8 @@ class Sibling:
     replicas: tuple[str, ...]  # their sockets; () = there are upstreams instead
     hang_s: float
     hangs: Callable[[int], None]  # who kills a replica that has work and says nothing
+    encoder: str  # its socket; "" = there is none
+    encoder_hangs: Callable[[], None]  # who kills it
     tell_others: Callable[[Invalidate], None]
     own_port: int  # on loopback, of this one alone
 

@@ -2,8 +2,9 @@
 
 Each process counts for itself, so that together they let through no more than the scenario says. Divided are rates,
 bursts, caps, requests in flight, connections, the flood of last resorts and an upstream's places; a burst of less than
-one request would let nobody in, so one is the least. Not divided is what is a share of something, or true of one
-client at a time. Breakers, response caches and single flight are each process's own.
+one request would let nobody in, so one is the least. A bucket of model tokens is divided as it is: a request must fit
+into its part. Not divided is what is a share of something, or true of one client at a time. Breakers, response caches
+and single flight are each process's own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from engine.config import ClassConfig, Scenario, TenantConfig
+from engine.config import ClassConfig, LimiterConfig, Scenario, TenantConfig
 from engine.upstream_config import UpstreamConfig
 
 replace = msgspec.structs.replace
@@ -27,6 +28,7 @@ def part_of_scenario(scenario: Scenario, workers: int) -> Scenario:
         limiter=replace(
             limiter, rate_rps=limiter.rate_rps / workers, burst=_burst(limiter.burst, workers),
             tokens_per_s=limiter.tokens_per_s / workers, total_rps=limiter.total_rps / workers,
+            total_burst_s=_total_burst_s(limiter, workers),
             user_rps=limiter.user_rps / workers, user_tokens_per_s=limiter.user_tokens_per_s / workers,
             users_most=_count(limiter.users_most, workers),
         ),
@@ -62,6 +64,13 @@ def _part_of_upstream(up: UpstreamConfig, workers: int) -> UpstreamConfig:
 
 def _burst(requests: float, workers: int) -> float:
     return max(requests / workers, min(requests, 1.0))
+
+
+def _total_burst_s(limiter: LimiterConfig, workers: int) -> float:
+    if not limiter.total_rps:
+        return limiter.total_burst_s
+    burst = _burst(limiter.total_rps * limiter.total_burst_s, workers) * (1 + 1e-6)  # never rounded to less than one
+    return burst / (limiter.total_rps / workers)
 
 
 def _count(most: int, workers: int) -> int:

@@ -28,10 +28,12 @@ import msgspec
 from engine.config import Scenario
 from engine.errors import UserError
 from engine.service.auth import KeyRing
+from engine.service.encoder import EncoderClient
 from engine.service.ingress_words import (
     CalledOff,
     Channel,
     DrainNow,
+    EncoderHangs,
     GivenUp,
     Hangs,
     IngressSpec,
@@ -43,7 +45,14 @@ from engine.service.keeper import SnapshotKeeper
 from engine.service.listening import reserve
 from engine.service.pool import PAUSE_MAX_S, PAUSE_S, WITHIN_S, ReplicaPool
 from engine.service.replicas import share_cores
-from engine.service.server import HANG_UP_S, LOOPBACK, ServeOptions, hang_after_s, worker_specs
+from engine.service.server import (
+    HANG_UP_S,
+    LOOPBACK,
+    ServeOptions,
+    hang_after_s,
+    start_encoder,
+    worker_specs,
+)
 from engine.service.shares import part_of_scenario, part_of_tenants
 
 log = logging.getLogger(__name__)
@@ -84,6 +93,7 @@ class Supervisor:
         self.lost = asyncio.Event()  # no replica, or no ingress process, is left
         self.left: Literal["no replica", "no ingress process"] = "no replica"  # which of the two
         self.warm_answers = 0
+        self._encoder: EncoderClient | None = None  # one for all: it has no state, and 0.3 GB of weights
         self._draining = False
         self._given_up: set[int] = set()  # replicas
         self._hopeless = 0  # workers
@@ -118,6 +128,7 @@ class Supervisor:
             tenants = self._keys.tenants
             specs = worker_specs(scenario, tenants, options, self._hash_key, self.epoch_ns, cores, threads)
             await self._pool.start(specs)
+        self._encoder, _ = await start_encoder(scenario, own)
         ups = await asyncio.gather(*(self._spawn(worker) for worker in self.workers))
         self.warm_answers = sum(up.warm_answers for up in ups)
 
@@ -144,6 +155,8 @@ class Supervisor:
             await _bury(worker)
             worker.own.close()
         self._port.close()
+        if self._encoder is not None:
+            await self._encoder.stop()
         await self._pool.stop()
 
     # ------------------------------------------------------------ ingress processes
@@ -198,7 +211,7 @@ class Supervisor:
             host=options.host, port=self._port.getsockname()[1], own_port=worker.own.getsockname()[1],
             folder=str(options.folder or ""), drain_s=options.drain_s, hash_key=self._hash_key, epoch_ns=self.epoch_ns,
             replicas=() if upstreams else tuple(map(self._pool.socket_path, range(scenario.replicas))),
-            hang_s=self._hang_s,
+            hang_s=self._hang_s, encoder=self._encoder.path if self._encoder is not None else "",
         )
 
     def _hear(self, worker: Worker, up: asyncio.Future[Up], word: Word) -> None:
@@ -209,6 +222,8 @@ class Supervisor:
                 up.set_exception(UserError(what, where, why, fix))
             case Hangs(replica=replica):
                 self._pool.kill(replica, f"has work and has said nothing for {self._hang_s:g} s")
+            case EncoderHangs() if self._encoder is not None:
+                self._encoder.kill()
             case CalledOff():
                 self._tell_all(word, but=worker)
             case _:

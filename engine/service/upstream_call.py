@@ -27,7 +27,7 @@ from engine.upstream_config import UpstreamConfig
 
 BUSY = (429, 503)
 MISSING = (401, 403, 404, 405, 407)  # it does not know us, or not this model: no request of ours will fare better
-KEEP_S = 2.0  # an idle connection; servers close theirs after 5 s and more, and a request must not meet that
+KEEP_S = 4.0  # an idle connection; servers close theirs after 5 s and more, and a request must not meet that
 LAST_BYTES_S = 0.1
 ERROR_BYTES = 4096
 
@@ -71,8 +71,6 @@ async def call(client: httpx.AsyncClient, work: Work, model: str, hear: Callable
         async with client.stream("POST", f"/v1{path}", content=body) as response:
             if response.status_code != 200:
                 return await _refused(sid, response)
-            if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                raise Broken(f"it answers with {response.headers.get('content-type', 'no content type')[:80]}")
             answer, events, raws = Answer(), EventStream(), response.aiter_raw()
             async for raw in raws:
                 for data in events.feed(raw):

@@ -29,14 +29,18 @@ class UpstreamPool:
         self, scenario: Scenario, tenants: dict[str, TenantConfig], clock_ns: Callable[[], int],
         hear: Callable[[Output], None], hear_text: Callable[[int, str], None],
         lost: Callable[[int, bool], None], back: Callable[[int], None], folder: Path | None = None,
+        lane: str = "lane",
     ) -> None:
-        """``folder``: journals of the lanes go below it. UserError when a key is missing, or a URL is none."""
+        """``folder``: journals of the lanes go below it, as ``lane``-0 and so on.
+
+        UserError when a key is missing, or a URL is none.
+        """
         self._hear = hear
         self._upstreams = [
             Upstream(
                 name, config, lane_config(scenario, tenants, n), clock_ns, hear, hear_text,
                 partial(lost, n, False), partial(back, n),
-                str(folder / "journal" / f"lane-{n}.ndjson") if folder else "",
+                str(folder / "journal" / f"{lane}-{n}.ndjson") if folder else "",
             )
             for n, (name, config) in enumerate(scenario.upstreams.items())
         ]

@@ -61,6 +61,8 @@ class Held(msgspec.Struct, frozen=True):
     level_changes: int  # in the whole sale
     changes_in_10_s: int  # at most
     calm_after_s: float  # from the end of the decay to level 0 for good; below 0: before
+    prompt_tokens: int = 0  # of what the model computed
+    cached_tokens: int = 0  # of these, found in the prefix cache
 
 
 def held(view: RunView, scenario: Scenario, profile: str) -> Held:
@@ -88,7 +90,8 @@ def held(view: RunView, scenario: Scenario, profile: str) -> Held:
         int((model & good).sum()), int((model & ~good).sum()), int(critical.sum()), int((critical & good).sum()),
         float(waits.quantile(0.99)) / MS_NS if len(waits) else 0.0, int(sheddable.sum()),
         int((sheddable & (frame["outcome"] == "served")).sum()), len(frame), int(good.sum()), len(at_ns), most,
-        calm_ns / S_NS - shape.duration_s,
+        calm_ns / S_NS - shape.duration_s, int(frame.loc[model, "prompt_tokens"].sum()),
+        int(frame.loc[model, "cached_tokens"].sum()),
     )
 
 
@@ -96,8 +99,8 @@ def table(rows: dict[str, list[Held]], capacity_rps: float, plateau_s: float) ->
     """In Markdown; counts pooled over the sales, the worst where a worst is meant."""
     yield ("| overload control | model's goodput, of capacity | of what it computed, late | in time by any tier "
            "| critical in time | critical wait p99 | sheddable answered | level changes a sale, most in 10 s "
-           "| level 0 after the end |")
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+           "| level 0 after the end | prompt tokens cached |")
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for name, sales in rows.items():
         def pool(one: str, sales: Sequence[Held] = sales) -> int:
             return sum(getattr(each, one) for each in sales)
@@ -109,7 +112,8 @@ def table(rows: dict[str, list[Held]], capacity_rps: float, plateau_s: float) ->
             f"| {pool('critical_good')} of {pool('critical')} | {max(e.critical_wait_p99_ms for e in sales):.0f} ms "
             f"| {pool('sheddable_answered') / max(1, pool('sheddable')):.1%} "
             f"| {pool('level_changes') / len(sales):.0f}, {max(each.changes_in_10_s for each in sales)} "
-            f"| {max(each.calm_after_s for each in sales):.1f} s |"
+            f"| {max(each.calm_after_s for each in sales):.1f} s "
+            f"| {pool('cached_tokens') / max(1, pool('prompt_tokens')):.1%} |"
         )
 
 

@@ -143,9 +143,9 @@ def _traces(scenario: Scenario) -> dict[str, list[TracePart]]:
         parts: list[TracePart] = []
         for sid, request in enumerate(steady(scenario, rate_rps, seconds, seed=100 + number)):
             cls = scenario.classes[request.traffic_class]
-            messages = [{"role": "user", "content": request.text}]
             ask, prompt = facts.arrive(
-                sid, request.request_id, request.tenant, request.traffic_class, messages, SamplingParams(), None, 0
+                sid, request.request_id, request.tenant, request.traffic_class, request.messages(), SamplingParams(),
+                None, 0,
             )
             submit = Submit(
                 sid, sid, ask.tenant, ask.traffic_class, cls.priority, request.at_ns, s_to_ns(3600), ask.prompt_tokens,

@@ -20,6 +20,7 @@ from engine.scenario import data_path
 from engine.service.facts import FactMaker
 from engine.units import s_to_ns
 from sim.twin.payments import payment
+from sim.twin.retrieval import contexts
 from sim.twin.stall import Question, Stall
 from sim.twin.system import TwinArrival
 
@@ -41,6 +42,12 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     text: str
     label: str = ""
     trap: bool = False
+    context: str = ""  # system message with what was retrieved; "" = none: the class's own system prompt stands
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as it is sent."""
+        asked = {"role": "user", "content": self.text}
+        return [{"role": "system", "content": self.context}, asked] if self.context else [asked]
 
 
 def sale_rate(profile: ProfileConfig, base_rps: float, factor: float) -> Callable[[float], float]:
@@ -70,6 +77,7 @@ def build(
     products = [row["product"] for row in _rows("products.csv")]
     names = list(scenario.classes)
     shares = np.array([scenario.classes[name].share for name in names])
+    found = contexts(scenario)
     stalls = {n: Stall(corpus[n], scenario.workload, streams["popularity"]) for n in names if n in corpus}
     out: list[Request] = []
     at_s = 0.0
@@ -85,7 +93,8 @@ def build(
         request_id, tenant = f"{prefix}{number:06d}", scenario.classes[name].tenant
         if name in stalls:
             q = stalls[name].pick(*draws.tolist())
-            ask = Request(request_id, s_to_ns(at_s), tenant, name, q.intent, q.text, q.answer_id, q.trap)
+            context = found.get((name, q.intent), "")
+            ask = Request(request_id, s_to_ns(at_s), tenant, name, q.intent, q.text, q.answer_id, q.trap, context)
         else:
             text = payment(streams["payments"], products, number)
             ask = Request(request_id, s_to_ns(at_s), tenant, name, "payment", text, request_id)
@@ -119,9 +128,8 @@ def twin_arrivals(
     """The workload as the twin's gateway will learn of it; ``output_tokens(request, max_tokens)`` says how long."""
     out: list[TwinArrival] = []
     for rid, request in enumerate(requests):
-        messages = [{"role": "user", "content": request.text}]
         ask, _ = facts.arrive(
-            rid, request.request_id, request.tenant, request.traffic_class, messages, SamplingParams(), None,
+            rid, request.request_id, request.tenant, request.traffic_class, request.messages(), SamplingParams(), None,
             request.at_ns,
         )
         length = min(output_tokens(request, ask.max_tokens), ask.max_tokens)

@@ -1,6 +1,8 @@
 """The replica's end of its connections, over real sockets: what is whose, who hears what, and what a hang-up means.
 
 Run: python -m pytest tests/model/test_endpoint.py -q
+Mutations it caught: the highest submission of all told to each; each one's own never told; no aborts at a hang-up; the
+ended aborted; no sign of life; a deaf one kept; a board that never forgets, or has no pressure.
 """
 
 from __future__ import annotations

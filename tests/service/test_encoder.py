@@ -305,7 +305,7 @@ def test_a_dead_and_a_hung_process_are_replaced(run: Run) -> None:
 
         client.drill(Drill(hang=True))
         last, process = ask(client, "at the end"), psutil.Process(client.pid)
-        folder = Path(client._folder.name)
+        folder = Path(client.path).parent
         await client.stop()
         assert last.words == ["failed"] and not process.is_running() and not folder.exists()
         assert ask(client, "after it").words == ["failed"]
@@ -319,7 +319,7 @@ def test_a_process_that_gives_up_is_told_at_start(run: Run, monkeypatch: pytest.
     client = run(make())
     with pytest.raises(UserError, match="gave up"):
         run(client.start(EncoderSpec()))
-    assert not Path(client._folder.name).exists() and ask(client, "x").words == ["failed"]
+    assert not Path(client.path).parent.exists() and ask(client, "x").words == ["failed"]
 
 
 # ---------------------------------------------------------------- the process' loop, its model at the test's word

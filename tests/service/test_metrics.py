@@ -30,6 +30,7 @@ from engine.events import BreakerRecord, Ended, LevelRecord, Pressure, Record, R
 from engine.ledger.journal import open_journal
 from engine.model.wire import Output
 from engine.policy.replica import Replica, ReplicaStats
+from engine.policy.retries import RetryStats
 from engine.service.metrics import BOUNDS_NS, Histogram, Metrics, is_local
 from engine.units import S_NS
 from tests.service.conftest import Starter
@@ -320,7 +321,17 @@ def test_an_overload_is_counted(engine: Engine) -> None:
     ):
         metrics.append(record)
     metrics.hear(Output([Pressure(0, 7, 3, (Waiting("chat", 4, 10), Waiting("fraud", 2, 20)), free_blocks=768)]))
-    page = read(metrics.page(2 * S_NS, engine.stats(), {"chat": S_NS}).decode())
+    stats = engine.stats()
+    overload = msgspec.structs.replace(stats.overload, share_millionths=1_250_000, retries=RetryStats(7, 2))
+    limiter = msgspec.structs.replace(stats.limiter, by_scope=(("total", 4), ("user", 3)))
+    stats = msgspec.structs.replace(stats, overload=overload, limiter=limiter, level=4)
+    page = read(metrics.page(2 * S_NS, stats, {"chat": S_NS}).decode())
+    assert one(page, "overload_level") == 4
+    assert one(page, "admission_share", criticality="standard") == 1
+    assert one(page, "admission_share", criticality="sheddable") == 0.25
+    assert one(page, "retries_seen_total") == 7 and one(page, "retries_refused_total") == 2
+    limited = every(page, "limiter_rejections_total")
+    assert limited == {told(("scope", "total")): 4, told(("scope", "user")): 3}
     assert every(page, "admission_rejections_total") == {told(("reason", "overloaded")): 1}, "late is not turned away"
     by_tier = every(page, "requests_by_tier_total")
     assert {dict(labels)["tier"]: n for labels, n in by_tier.items()} == {"fallback": 1, "approximate": 1, "model": 1}

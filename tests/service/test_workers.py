@@ -1,6 +1,9 @@
 """Several ingress processes over one replica: shared port, shared queue, and what a death leaves behind.
 
 Run: python -m pytest tests/service/test_workers.py -q
+Mutations it caught: no restart, or one in spite of the limit; an index that comes again; a snapshot of the dead that is
+kept; a flush that only one hears of; a hang that nobody hears of; no welcome; no greeting after a new life; one given
+up and nobody told; an encoder each; a port that two services share.
 """
 
 from __future__ import annotations
@@ -9,20 +12,26 @@ import os
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
+from engine.cache_config import SnapshotConfig
+from engine.config import ClassConfig
 from engine.errors import UserError
-from engine.events import SID_BITS, Ended, ReplicaBack, ReplicaLost, Submit
+from engine.events import SID_BITS, Ended, Pressure, ReplicaBack, ReplicaLost, Submit
 from engine.ledger.journal import open_journal
 from engine.service.listening import join, listen, reserve
+from engine.upstream_config import UpstreamConfig
 from sim.twin.replay import replay
-from tests.service.harness import CHAT, STEP_20_MS, body, check_error
+from tests.service.conftest import Starter
+from tests.service.harness import CHAT, SCENARIO, STEP_20_MS, body, check_error
 from tests.service.workers import Workers, start_workers
 from tests.waiting import until
 
@@ -155,6 +164,9 @@ def test_a_dead_replica_is_lost_and_welcomed_at_every_gateway(tmp_path: Path) ->
     for n in range(2):
         events = [entry.event for entry in open_journal(tmp_path / "journal" / f"gateway-{n}.ndjson").entries()]
         assert [e for e in events if isinstance(e, ReplicaLost | ReplicaBack)] == [ReplicaLost(0), ReplicaBack(0)]
+        heard = [e for e in events[events.index(ReplicaBack(0)) :] if isinstance(e, Pressure)]
+        assert heard and {e.acked_sids for e in heard} == {()}, "the new life knows who it speaks to"
+        assert {e.acked_sid >> SID_BITS for e in heard if e.acked_sid >= 0} == {n}
 
 
 def test_a_replica_that_hangs_is_killed_on_a_gateways_word(tmp_path: Path) -> None:
@@ -174,6 +186,9 @@ def test_a_replica_given_up_ends_the_service(tmp_path: Path) -> None:
         for n in range(2):
             with workers.http(n) as client:
                 check_error(ask(client, n), 503, "replica_lost")
+    for n in range(2):
+        events = [entry.event for entry in open_journal(tmp_path / "journal" / f"gateway-{n}.ndjson").entries()]
+        assert ReplicaLost(0, for_good=True) in events, "nobody waits for it"
 
 
 def test_what_one_is_told_to_forget_all_forget(tmp_path: Path) -> None:
@@ -187,6 +202,28 @@ def test_what_one_is_told_to_forget_all_forget(tmp_path: Path) -> None:
         until(lambda: ask(clients[1], 1).headers["x-doorbuster-tier"] == "model", "the other's cache is empty")
         assert ask(clients[0], 1).headers["x-doorbuster-tier"] == "model"
     check_replay(tmp_path)
+
+
+def test_all_ask_one_encoder_and_a_dead_one_is_replaced_for_all(tmp_path: Path) -> None:
+    classes = {**SCENARIO.classes, "like": ClassConfig("standard", caches="semantic", max_tokens=8)}
+    with start_workers(tmp_path, classes=classes) as workers, ExitStack() as stack:
+        clients = [stack.enter_context(workers.http(n)) for n in range(2)]
+        assert [_embed(client, "a kettle") for client in clients] == [200, 200]
+        [first] = _encoders()
+        first.kill()
+        until(lambda: all(_embed(client, "a third") == 200 for client in clients), "it is back for both")
+        [second] = _encoders()
+        assert second != first
+    assert not _encoders()
+
+
+def _embed(client: httpx.Client, text: str) -> int:
+    return client.post("/v1/embeddings", json={"model": "minilm", "input": f"{text} {time.monotonic_ns()}"}).status_code
+
+
+def _encoders() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "engine.model.encoder_process" in child.cmdline()]
 
 
 def test_a_drain_lets_all_finish_and_takes_no_more(tmp_path: Path) -> None:
@@ -207,6 +244,22 @@ def test_a_drain_lets_all_finish_and_takes_no_more(tmp_path: Path) -> None:
     check_replay(tmp_path)
 
 
+def test_each_has_its_part_of_an_upstreams_places(
+    tmp_path: Path, started: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = started()
+    monkeypatch.setenv("OTHER_KEY", other.keys["shop"])
+    upstreams = {"other": UpstreamConfig(url=other.url, api_key_env="OTHER_KEY", window=5)}
+    with start_workers(tmp_path, upstreams=upstreams) as workers, ExitStack() as stack:
+        for n in range(2):
+            assert ask(stack.enter_context(workers.http(n)), n).status_code == 200
+        workers.drain()
+    assert journals(tmp_path) == ["gateway-0", "gateway-1", "lane-of-0-0", "lane-of-1-0"]
+    check_replay(tmp_path)
+    lane = open_journal(tmp_path / "journal" / "lane-of-1-0.ndjson").header.config
+    assert msgspec.json.decode(lane)["window"] == 2
+
+
 def test_what_does_not_end_in_time_ends_with_an_error(tmp_path: Path) -> None:
     with (
         start_workers(tmp_path, cost=STEP_20_MS, drain_s=0.2) as workers, ThreadPoolExecutor(8) as pool,
@@ -224,6 +277,27 @@ def test_what_does_not_end_in_time_ends_with_an_error(tmp_path: Path) -> None:
         assert workers.call(lambda: [worker.process.returncode for worker in workers.inside.workers]) == [0, 0]
         workers.replica().resume()
     check_replay(tmp_path)
+
+
+def test_each_keeps_its_answers_and_a_dead_one_brings_nothing_back(tmp_path: Path) -> None:
+    files = [tmp_path / f"kept-{n}" for n in range(2)]
+    kept = SnapshotConfig(path=str(tmp_path / "kept"))
+    for life in range(2):
+        (tmp_path / str(life)).mkdir()
+        with start_workers(tmp_path / str(life), snapshot=kept) as workers:
+            assert workers.inside.warm_answers == 2 * life
+            for n in range(2):
+                with workers.http(n) as client:
+                    assert ask(client, n).headers["x-doorbuster-tier"] == ("exact" if life else "model")
+            if life:
+                for file in files:
+                    assert file.exists()
+                os.kill(workers.pids()[1], signal.SIGKILL)
+                until(lambda: not files[1].exists(), "what it has not heard of is not brought back")
+                assert files[0].exists()
+                until(lambda: _is_ready(workers, 1), "it is back")
+            workers.drain()
+        assert files[0].exists()
 
 
 def test_an_ingress_process_that_cannot_start_says_why(tmp_path: Path) -> None:

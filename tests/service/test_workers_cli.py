@@ -1,6 +1,7 @@
 """``doorbuster serve --workers 2`` as a person has it: what it says, what signals and deaths leave behind.
 
 Run: python -m pytest tests/service/test_workers_cli.py -q
+Mutations it caught: one left alone that stays; signals that the ingress processes hear.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Served:
         headers = {"authorization": f"Bearer {self.ready['api_key']}", "x-doorbuster-class": cls}
         url = self.ready["workers"][worker]["url"] + CHAT
         return httpx.post(url, json=body(text), headers=headers, timeout=DEADLINE_S, trust_env=False)
+
+    def status(self, worker: int, path: str) -> int:
+        """Of a GET at one of them."""
+        return httpx.get(self.ready["workers"][worker]["url"] + path, timeout=DEADLINE_S, trust_env=False).status_code
 
     def journals(self) -> list[Path]:
         return sorted((self.cwd / "run" / "journal").iterdir())
@@ -113,7 +118,7 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing(served: Served) -> Non
     journal = served.cwd / "run" / "journal" / "gateway-0.ndjson"
     until(lambda: len(events(journal)), "the request arrived")
     os.killpg(served.process.pid, signal.SIGINT)
-    until(lambda: any(isinstance(e, Drain) for e in events(journal)), "the drain")
+    until(lambda: served.status(0, "/readyz") == 503, "the drain")
     os.killpg(served.process.pid, signal.SIGINT)
     assert served.process.wait(DEADLINE_S) == 130
     replica.resume()
@@ -121,6 +126,7 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing(served: Served) -> Non
     ask.wait(DEADLINE_S)
     for path in served.journals():
         assert open_journal(path).torn_bytes == 0
+    assert any(isinstance(e, Drain) for e in events(journal)), "the last thing that it was told"
 
 
 ASK = """

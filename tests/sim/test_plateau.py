@@ -38,7 +38,8 @@ def view(records: list[RequestRecord], levels: list[LevelRecord]) -> RunView:
 def test_what_is_counted() -> None:
     records = [
         row("early", 4.9, "product_qa", "model"), row("late", 11.0, "product_qa", "model"),
-        row("good", 5.0, "product_qa", "model", 2999, 5999), row("slow start", 6, "product_qa", "model", 3001, 5000),
+        row("good", 5.0, "product_qa", "model", 2999, 5999, prompt_tokens=80, cached_tokens=32),
+        row("slow start", 6, "product_qa", "model", 3001, 5000),
         row("slow end", 6, "product_qa", "model", 100, 6001), row("cached", 7, "product_qa", "exact"),
         row("shed", 8, "product_qa", None), row("tip", 8, "recommendation", "fallback"),
         row("no tip", 8, "recommendation", None),
@@ -52,15 +53,16 @@ def test_what_is_counted() -> None:
     assert found.critical_wait_p99_ms == pytest.approx(8.98, abs=0.01)
     assert (found.sheddable, found.sheddable_answered) == (2, 1)
     assert (found.level_changes, found.changes_in_10_s) == (5, 3)
+    assert (found.prompt_tokens, found.cached_tokens) == (80, 32)
     assert found.calm_after_s == pytest.approx(2.0), "of 14 s, level 0 from 16 s on"
 
 
 def test_the_table_pools_counts_and_shows_the_worst() -> None:
-    one = Held(90, 10, 5, 5, 20.0, 10, 10, 200, 150, 4, 2, -1.0)
-    two = Held(110, 0, 5, 4, 50.0, 10, 9, 200, 170, 8, 3, 2.5)
+    one = Held(90, 10, 5, 5, 20.0, 10, 10, 200, 150, 4, 2, -1.0, 1000, 500)
+    two = Held(110, 0, 5, 4, 50.0, 10, 9, 200, 170, 8, 3, 2.5, 1000, 400)
     [*_, last] = table({"x": [one, two]}, capacity_rps=10.0, plateau_s=10.0)
     assert last.split(" | ")[1:] == [
-        "100.0%", "4.76%", "80.0%", "9 of 10", "50 ms", "95.0%", "6, 3", "2.5 s |",
+        "100.0%", "4.76%", "80.0%", "9 of 10", "50 ms", "95.0%", "6, 3", "2.5 s", "45.0% |",
     ]
 
 
