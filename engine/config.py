@@ -36,7 +36,7 @@ class ClassConfig(Section):
     depends_on: tuple[str, ...] = ("catalogue",)  # tags of its answers: what empties them, see `/admin/cache`
     fallback: str = ""  # file below data/corpora with the answer of last resort; "" = an explicit 503
     retrieved: NonNegative = 0  # in the workload: passages about what is asked, put before each question (RAG)
-    cap_rps: NonNegativeFloat = 0.0  # hard cap on the whole class; 0 = none. A critical class with one obeys no other
+    cap_rps: NonNegativeFloat = 0.0  # 0 = none. Of a class; of a critical one for each tenant, and then no other limit
 
     @property
     def priority(self) -> int:
@@ -141,6 +141,7 @@ class RetryConfig(Section):
     """What clients are told about coming back, and how many may come back."""
 
     jitter_share: Share = 0.2  # Retry-After is longer by up to this share, by lot, so that not all come back at once
+    jitter_least_s: NonNegativeFloat = 2.0  # by at least so much in all: Retry-After is told in whole seconds
     budget_share: Share = 0.1  # under overload: second tries for each first one (the Site Reliability Workbook's 10 %)
     budget_most: Positive = 20  # that are saved up
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -64,7 +65,8 @@ def make_runner(spec: WorkerSpec, hasher: Hasher) -> tuple[Runner, Ready]:
             base, speed = spec.fake_cost, spec.model.fake_speed
             cost = lambda shape, later: round(base.ns(shape, later) / speed)  # noqa: E731
         table = read_answers(Path(spec.model.fake_answers)) if spec.model.fake_answers else {}
-        return FakeRunner(speaker(table), hasher, cost), Ready("fake", "fake", "none", "none", 0)
+        digest = f"fake {sha256(repr(sorted(table.items())).encode()).hexdigest()[:16]}" if table else "fake"
+        return FakeRunner(speaker(table), hasher, cost), Ready("fake", digest, "none", "none", 0)
     import torch  # only where it is needed
 
     from engine.model.loader import load, prepare

@@ -160,8 +160,9 @@ class Gateway:
                 rode = ended.reason in ELSEWHERE  # its leader is computed anew: look for that, once a replica is there
                 asked = not rode or self.fleet.away
                 continue  # another question's failure is not this one's
-            if self.overload.sheds(ask, cls.priority, self._now_ns):
+            if self.overload.sheds(ask, cls.priority, self._now_ns, drawn=trip.drawn):
                 return self._last_resort(trip, "overloaded", self.overload.calm_ns(cls.priority))
+            trip.drawn = True
             if late_ns := self.fleet.late_ns(self._now_ns, ask, cls):
                 return self._last_resort(trip, "overloaded", max(S_NS, late_ns))
             seat = self.fleet.take(self._now_ns, ask, trip.replica if trip.retried else None)
@@ -177,7 +178,7 @@ class Gateway:
     def _is_lost(self, trip: Trip, ended: Ended) -> bool:
         """A replica died. Who has heard nothing yet is computed elsewhere, once: a request may be what killed it."""
         if ended.reason not in ELSEWHERE:
-            return False
+            return self._draining and ended.reason == "draining"  # cut short: nobody takes a leader's place any more
         if trip.retried or trip.first_ns is not None:
             return True
         trip.retried = True

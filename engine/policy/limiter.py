@@ -2,10 +2,10 @@
 
 Requests and, where a rate is set, model tokens. All levels are looked at before any is charged, so that who is refused
 by one has cost the others nothing. Tokens are reserved on admission, when the length of the answer is not known, and
-settled when it ended: a refund, or a debt that may take a bucket below zero. A critical class with a cap of its own
-answers to that alone: no flood of anything else can use up what it needs, and it cannot be a flood itself. Knows no
-keys: who the tenant is was decided at the ingress, who the user is by the tenant. Arithmetic in ``gcra.py``; reserve
-and settle as in ``token-throttle``.
+settled when it ended: a refund, or a debt that may take a bucket below zero. A critical class with a cap answers to
+that alone, and each tenant has one of its own: no flood of anything else can use up what it needs, and it cannot be a
+flood itself. Knows no keys: who the tenant is was decided at the ingress, who the user is by the tenant. Arithmetic in
+``gcra.py``; reserve and settle as in ``token-throttle``.
 """
 
 from __future__ import annotations
@@ -100,16 +100,15 @@ class Limiter:
         self._tenants = _level(
             "tenant", _grant(config, TenantConfig()), {name: _grant(config, own) for name, own in tenants.items()}
         )
-        self._total = self._users = self._caps = None
+        self._total = self._users = None
         if config.total_rps:
-            self._total = _level("total", (grant_for(config.total_rps, config.total_burst_s), UNLIMITED), {})
+            self._total = _level("total", (_at_least_one(config.total_rps, config.total_burst_s), UNLIMITED), {})
         if config.user_rps or config.user_tokens_per_s:
             rates = config.user_rps, config.user_tokens_per_s
             self._users = _level("user", _user_grant(*rates, config.user_burst_s, config.token_burst_s), {})
-        self._capped = {name: cls.priority == 0 for name, cls in (classes or {}).items() if cls.cap_rps}
-        if self._capped:
-            caps = {name: (_cap(cls), UNLIMITED) for name, cls in (classes or {}).items() if cls.cap_rps}
-            self._caps = _level("class", (UNLIMITED, UNLIMITED), caps)
+        capped = {name: cls for name, cls in (classes or {}).items() if cls.cap_rps}
+        self._caps = {name: _level("class", (_cap(cls), UNLIMITED), {}) for name, cls in capped.items()}
+        self._alone = {name for name, cls in capped.items() if cls.priority == 0}  # obey their cap and nothing else
         self._single = not (self._total or self._users or self._caps)
         self._now_ns = 0
         self._allowed = self._limited = 0
@@ -138,7 +137,7 @@ class Limiter:
             self._tenants.charge(now_ns, tenant, cost)
             self._allowed += 1
             return OK
-        levels = self._levels(tenant, user, traffic_class)
+        levels = self._levels(now_ns, tenant, user, traffic_class)
         longest_ns, worst = 0, self._tenants
         for level, key in levels:
             wait_ns = level.wait_ns(now_ns, key, cost)
@@ -159,24 +158,27 @@ class Limiter:
         level.sweep(now_ns)
         return Verdict(ok=False, retry_after_ns=None if wait_ns is None else behind_ns + wait_ns, scope=level.scope)
 
-    def _levels(self, tenant: str, user: bytes, traffic_class: str) -> list[tuple[_Level, Hashable]]:
+    def _levels(self, now_ns: int, tenant: str, user: bytes, traffic_class: str) -> list[tuple[_Level, Hashable]]:
         """From the one that is cheapest to be refused by."""
         levels: list[tuple[_Level, Hashable]] = []
-        if self._caps is not None and traffic_class in self._capped:
-            levels.append((self._caps, traffic_class))
-            if self._capped[traffic_class]:
-                return levels
+        if (cap := self._caps.get(traffic_class)) is not None:
+            if traffic_class in self._alone:  # each tenant's own: none can use up another's
+                return [(cap, tenant)]
+            levels.append((cap, EVERYBODY))
         if self._total is not None:
             levels.append((self._total, EVERYBODY))
         levels.append((self._tenants, tenant))
-        if self._users is not None and user and self._may_watch(tenant, user):
+        if self._users is not None and user and self._may_watch(now_ns, tenant, user):
             levels.append((self._users, (tenant, user)))
         return levels
 
-    def _may_watch(self, tenant: str, user: bytes) -> bool:
+    def _may_watch(self, now_ns: int, tenant: str, user: bytes) -> bool:
         """A table that is full of debtors takes in nobody new, and forgets nobody: the tenant's limit still holds."""
         assert self._users is not None
-        return self._users.size() < self._users_most or self._users.knows((tenant, user))
+        if self._users.size() < self._users_most or self._users.knows((tenant, user)):
+            return True
+        self._users.sweep(now_ns)  # nobody else would: those who have paid back must make room
+        return False
 
     def settle(
         self, now_ns: int, tenant: str, reserved_tokens: int, used_tokens: int, user: bytes = b"",
@@ -189,24 +191,28 @@ class Limiter:
         self._now_ns = now_ns = max(self._now_ns, now_ns)
         if not (units := (used_tokens - reserved_tokens) * UNIT):
             return
-        for level, key in self._levels(tenant, user, traffic_class):
+        for level, key in self._levels(now_ns, tenant, user, traffic_class):
             if level.tokens is not None:
                 level.tokens.charge(now_ns, key, units)
 
     def stats(self) -> LimiterStats:
         """Counters since the start."""
-        levels = [level for level in (self._total, self._tenants, self._users, self._caps) if level is not None]
+        limited = dict.fromkeys((level.scope for level in self._every()), 0)
+        for level in self._every():
+            limited[level.scope] += level.limited
         return LimiterStats(
-            self._allowed, self._limited, self._tenants.remembered(), self._users.remembered() if self._users else 0,
-            tuple((level.scope, level.limited) for level in levels if level.limited),
+            self._allowed, self._limited, self._tenants.remembered(), self._users.size() if self._users else 0,
+            tuple((scope, count) for scope, count in limited.items() if count),
         )
+
+    def _every(self) -> list[_Level]:
+        return [level for level in (self._total, self._tenants, self._users, *self._caps.values()) if level is not None]
 
     def check(self) -> None:
         """Invariants."""
-        for level in (self._total, self._tenants, self._users, self._caps):
-            if level is not None:
-                level.check(self._now_ns)
-                assert self._enabled or not level.remembered(), "a limiter that is off remembers nobody"
+        for level in self._every():
+            level.check(self._now_ns)
+            assert self._enabled or not level.remembered(), "a limiter that is off remembers nobody"
         assert self._users is None or self._users.size() <= self._users_most, "users: no more than allowed"
 
 

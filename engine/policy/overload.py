@@ -109,7 +109,7 @@ class Overload:
         """Somebody asks, for the first time or again."""
         self._retries.arrived(ask.tenant, ask.attempt)
 
-    def sheds(self, ask: Arrive, priority: int, now_ns: int) -> bool:
+    def sheds(self, ask: Arrive, priority: int, now_ns: int, drawn: bool = False) -> bool:
         """Whether it is kept from the model: second tries beyond the budget first, then whom the share leaves out.
 
         Not graded, level 2 keeps out all sheddable work and level 3 all standard work. Critical work never is.
@@ -117,7 +117,7 @@ class Overload:
         if not priority or not self.level:
             return False
         out = not self.admission.admits(ask, priority, now_ns) if self._graded else self.level >= SHED + 1 - priority
-        return out or bool(ask.attempt and not self._retries.take(ask.tenant))
+        return out or bool(ask.attempt and not drawn and not self._retries.take(ask.tenant))
 
     def calm_ns(self, priority: int) -> int:
         """Earliest moment at which the level can have fallen far enough for it: an honest Retry-After."""

@@ -32,6 +32,7 @@ class Replies:
         self._outbox = outbox
         self._exact: ExactConfig = config.exact
         self._jitter = round(config.retry.jitter_share * 1_000_000)
+        self._jitter_least_ns = s_to_ns(config.retry.jitter_least_s) if self._jitter else 0
 
     def same(self, now_ns: int, trip: Trip, entry: Entry) -> bool:
         """From the exact cache. True: it is old enough to be renewed meanwhile."""
@@ -79,8 +80,8 @@ class Replies:
     def reject(self, now_ns: int, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         """A code, and when to come again."""
         if retry_after_ns is not None:  # never sooner than it makes sense, and not everybody at that moment
-            jitter = self._jitter * (trip.ask.draw % JITTERS) // JITTERS
-            retry_after_ns += retry_after_ns * jitter // 1_000_000
+            most_ns = max(self._jitter_least_ns, retry_after_ns * self._jitter // 1_000_000)
+            retry_after_ns += most_ns * (trip.ask.draw % JITTERS) // JITTERS
         trip.error_code = code
         trip.close(now_ns, "failed" if code in ("model_failed", "replica_lost") else "rejected")
         self._outbox.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))

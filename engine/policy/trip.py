@@ -58,6 +58,7 @@ class Trip:
     leads: bool = False
     replica: int | None = None
     retried: bool = False  # a replica died under it, and it was sent to another
+    drawn: bool = False  # its second try has been paid for
     source: str = ""
     similar: Similar | None = None  # what was found, until it was judged
     ride: Flight | None = None  # of a similar question

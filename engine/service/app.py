@@ -18,7 +18,7 @@ from starlette.routing import Router
 from engine.config import Scenario
 from engine.errors import RequestError
 from engine.events import Answer, Reject
-from engine.policy.limiter import Limiter
+from engine.policy.limiter import OF_SCOPE, Limiter
 from engine.service.admin import check_admin, flush, look
 from engine.service.auth import KeyRing
 from engine.service.completions import (
@@ -59,7 +59,7 @@ FAKE_MODEL = "fake"
 ENCODE_WITHIN_S = 10.0  # all texts of one request
 
 WHY = {
-    "rate_limited": "this API key's rate limit is used up",
+    "rate_limited": "the rate limit of this API key, of its user or of the traffic class is used up",
     "overloaded": "too much is going on for this traffic class to be served now",
     "breaker_open": "the model does not answer at the moment",
     "replica_lost": "the model's process has died and is being started anew",
@@ -157,7 +157,7 @@ class App:
         await exchange.whole(200, b'{"status":"alive"}', [])
 
     async def _ready(self, exchange: Exchange) -> None:
-        if not self._driver.machine.stats().fleet.up:
+        if not self._driver.machine.fleet.stats().up:
             raise RequestError("replica_lost", WHY["replica_lost"])
         if self.draining:
             raise RequestError("draining", WHY["draining"])
@@ -274,7 +274,7 @@ class App:
             tokens = sum(map(self._facts.count, ask.texts))
             verdict = self._encoder_limits.take(self._driver.now_ns(), tenant, tokens)
             if not verdict.ok:
-                error = refusal(Reject(-1, "rate_limited", 0, verdict.retry_after_ns))
+                error = refusal(Reject(-1, OF_SCOPE.get(verdict.scope, "rate_limited"), 0, verdict.retry_after_ns))
                 self._count(error)
                 return await exchange.refuse(error, verdict.retry_after_ns)
             texts = [(self._facts.text_key(tenant, text), text.strip()) for text in ask.texts]

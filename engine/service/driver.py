@@ -196,9 +196,11 @@ class GatewayDriver:
 
     def invalidate(self, what: Invalidate) -> None:
         """These answers serve nobody any more, here and at the gateways beside this one."""
-        self.call_off(what)
-        if self._tell_others is not None:
-            self._tell_others(what)
+        try:
+            self.call_off(what)
+        finally:  # a snapshot that cannot be removed is this one's trouble: the others must hear all the same
+            if self._tell_others is not None:
+                self._tell_others(what)
 
     def call_off(self, what: Invalidate) -> None:
         """These answers serve nobody any more here."""

@@ -12,7 +12,7 @@ from engine.service.admin import TAGS_HEADER, tags_of
 from engine.service.metrics import is_local
 from engine.service.openai import ErrorFields, ErrorObject, encode_json, error_object
 from engine.service.sse import Receive, Send, event
-from engine.units import S_NS, ceil_div
+from engine.units import MS_NS, S_NS, ceil_div
 
 LINGER_BYTES = 4 << 20  # of a refused body, let pass unread: many clients hear no answer before they have said all
 RETRY_COUNT = b"x-stainless-retry-count"  # of OpenAI's own client libraries
@@ -126,7 +126,9 @@ class Exchange:
         """The error object, with Retry-After where waiting helps."""
         headers = list(more)
         if error.status in (429, 503):
-            headers.append((b"retry-after", b"%d" % max(1, ceil_div(retry_after_ns or 0, S_NS))))
+            wait_ns = max(S_NS, retry_after_ns or 0)
+            headers.append((b"retry-after", b"%d" % ceil_div(wait_ns, S_NS)))
+            headers.append((b"retry-after-ms", b"%d" % ceil_div(wait_ns, MS_NS)))  # OpenAI's libraries look here first
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await self.whole(error.status, encode_json(error_object(error)), headers)

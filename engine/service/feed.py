@@ -66,7 +66,11 @@ class Feed:
         viewer.news.set()  # what is known already
         self._viewers.add(viewer)
         if self._timer is None:
-            self._tick()
+            try:
+                self._tick()
+            except BaseException:
+                self._viewers.discard(viewer)
+                raise
         return viewer
 
     async def _tell(self, viewer: Viewer, send: Send) -> None:

@@ -8,6 +8,7 @@ hands.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -33,6 +34,8 @@ from engine.service.ingress_words import (
 from engine.service.loop import run
 from engine.service.server import RunningEngine, ServeOptions, running
 from engine.service.shared_replicas import Sibling
+
+log = logging.getLogger(__name__)
 
 CUT_OFF = 130  # exit code of one that was left alone, or told twice
 
@@ -101,7 +104,10 @@ def _tell(engine: RunningEngine, word: GivenUp | CalledOff) -> None:
     if isinstance(word, GivenUp):
         engine.driver.lose(word.replica, for_good=True)
     else:
-        engine.driver.call_off(word.what)
+        try:
+            engine.driver.call_off(word.what)
+        except OSError as error:  # the machine has heard it; only its snapshot could not be removed
+            log.error("the snapshot cannot be removed, and holds what was called off: %s", error)
 
 
 def _leave(engine: RunningEngine | None) -> NoReturn:

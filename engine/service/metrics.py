@@ -9,6 +9,7 @@ nothing. Sources: Prometheus' text exposition format 0.0.4 (written by ``prometh
 from __future__ import annotations
 
 import ipaddress
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from engine.units import S_NS
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4.encode()
 ADMISSION = ("rate_limited", "overloaded", "breaker_open", "replica_lost", "draining")  # said before any work was done
 BREAKER_STATES = ("closed", "half_open", "open")
+LOCAL_HOST = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d*)?", re.IGNORECASE)
 FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
 BOUNDS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0,
@@ -267,8 +269,13 @@ class _Page:
 
 
 def is_local(client: tuple[str, int] | None, headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether the other end of the connection is this machine itself, and speaks for nobody else."""
+    """Whether the other end of the connection is this machine itself, and speaks for nobody else.
+
+    A page of somebody else's whose name was made to point here (DNS rebinding) asks under that name: not local.
+    """
     if client is None or any(name in FORWARDED for name, _ in headers):
+        return False
+    if any(name == b"host" and LOCAL_HOST.fullmatch(value) is None for name, value in headers):
         return False
     try:
         address = ipaddress.ip_address(client[0])

@@ -241,7 +241,11 @@ class Supervisor:
             return
         code = await _bury(worker)
         if worker.snapshot:  # it did not hear what was called off since, and its next life must not bring that back
-            Path(worker.snapshot).expanduser().unlink(missing_ok=True)
+            try:
+                Path(worker.snapshot).expanduser().unlink(missing_ok=True)
+            except OSError as error:
+                log.error("snapshot %s cannot be removed: its process goes on without one (%s)", worker.snapshot, error)
+                worker.snapshot = ""
         died_s = time.monotonic()
         worker.deaths.append(died_s)
         while True:

@@ -39,7 +39,8 @@ class LevelsMachine(RuleBasedStateMachine):
     """Random takes and settlements of all levels."""
 
     @initialize(
-        total=st.sampled_from([0.0, 2.0, 7.0]), user=st.sampled_from([0.0, 0.7]), tokens=st.sampled_from([0.0, 40.0])
+        total=st.sampled_from([0.0, 0.3, 2.0, 7.0]), user=st.sampled_from([0.0, 0.7]),
+        tokens=st.sampled_from([0.0, 40.0]),
     )
     def start(self, total: float, user: float, tokens: float) -> None:
         self.config = LimiterConfig(
@@ -55,10 +56,11 @@ class LevelsMachine(RuleBasedStateMachine):
         config, cls = self.config, CLASSES[name]
         found: list[tuple[str, object, NaiveBucket]] = []
         if cls.cap_rps:
-            found.append(("class", name, naive(cls.cap_rps, max(1.0, cls.cap_rps), 0.0, 1.0)))
+            whose = (name, tenant) if cls.criticality == "critical" else name
+            found.append(("class", whose, naive(cls.cap_rps, max(1.0, cls.cap_rps), 0.0, 1.0)))
         if not (cls.cap_rps and cls.criticality == "critical"):
             if config.total_rps:
-                found.append(("total", "", naive(config.total_rps, config.total_rps * 2, 0.0, 1.0)))
+                found.append(("total", "", naive(config.total_rps, max(1.0, config.total_rps * 2), 0.0, 1.0)))
             found.append(("tenant", tenant, NaiveBucket(config, TENANTS.get(tenant, TenantConfig()))))
             if user and (config.user_rps or config.user_tokens_per_s):
                 rate = config.user_rps or 1e9
@@ -126,6 +128,7 @@ def test_a_critical_class_with_a_cap_is_neither_crowded_out_nor_a_flood() -> Non
     assert [limiter.take(0, "t", 0, b"", "fraud").ok for _ in range(3)] == [True, True, False]
     refused = limiter.take(0, "t", 0, b"", "fraud")
     assert (refused.scope, refused.retry_after_ns) == ("class", 500 * MS_NS)
+    assert limiter.take(0, "other", 0, b"", "fraud").ok, "each tenant has a cap of its own"
     assert not limiter.take(0, "t", 0, b"", "vip").ok, "a critical class without a cap is limited like any other"
 
 
@@ -136,10 +139,15 @@ def test_a_full_table_of_debtors_forgets_nobody_and_takes_in_nobody() -> None:
     assert all(limiter.take(0, "t", 0, b"late").ok for _ in range(5)), "not watched: its tenant's limit is all there is"
     assert not any(limiter.take(0, "t", 0, b"user %d" % n).ok for n in range(100)), "a debt stays a debt"
     assert limiter.stats().users == 100
-    for _ in range(200):
-        limiter.take(2 * S_NS, "t", 0, b"user 0")
+    for n in range(200):  # nobody of those who owed comes again
+        limiter.take(2 * S_NS, "t", 0, b"new %d" % n)
+    assert limiter.stats().users <= 100
+    again = [limiter.take(2 * S_NS, "t", 0, b"new %d" % n).ok for n in range(200)]
+    assert again.count(False) >= 90, "those who had paid back made room for others"
+    for _ in range(400):
+        limiter.take(9 * S_NS, "t", 0, b"user 0")
     assert limiter.stats().users <= 1, "paid back: forgotten"
-    assert [limiter.take(2 * S_NS, "t", 0, b"late").ok for _ in range(2)] == [True, False]
+    assert [limiter.take(9 * S_NS, "t", 0, b"late").ok for _ in range(2)] == [True, False]
 
 
 def test_a_million_users_take_bounded_memory() -> None:

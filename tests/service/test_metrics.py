@@ -290,6 +290,10 @@ def test_loopback_is_an_address(address: str, local: bool) -> None:
     assert is_local((address, 1), []) == local
     assert not is_local((address, 1), [(b"x-forwarded-for", b"127.0.0.1")])
     assert not is_local(None, [])
+    for host in (b"localhost", b"127.0.0.1:8000", b"[::1]:80"):
+        assert is_local((address, 1), [(b"host", host)]) == local
+    for host in (b"evil.example", b"127.0.0.1.evil.example:80", b"localhost.evil", b""):
+        assert not is_local((address, 1), [(b"host", host)])
 
 
 # ---------------------------------------------------------------- what a fake run does not show

@@ -111,8 +111,8 @@ def test_a_p99_comes_with_two_hundred_requests():
 
 
 def test_seconds_at_each_level_add_up_to_the_run():
-    assert summary().level_seconds == {"0": 30, "1": 5, "2": 15, "3": 10}
-    assert summary(levels=level_frame([], 60 * S_NS)).level_seconds == {"0": 60, "1": 0, "2": 0, "3": 0}
+    assert summary().level_seconds == {"0": 30, "1": 5, "2": 15, "3": 10, "4": 0}
+    assert summary(levels=level_frame([], 60 * S_NS)).level_seconds == {"0": 60, "1": 0, "2": 0, "3": 0, "4": 0}
 
 
 def test_wrong_hits_are_unknown_until_they_are_labelled():

@@ -176,7 +176,8 @@ def test_the_report_shows_it_after_who_answered() -> None:
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Resolved, list[Request], RunView, Path]:
     """The bundled sale in the twin, with made-up vectors: questions of one answer are near, and so are some others."""
-    resolved = load("flash-sale", ("model.name=fake", "semantic.cosine=0.88", "semantic.vetoes=[]"))
+    sets = ("model.name=fake", "semantic.cosine=0.88", "semantic.vetoes=[]", "overload.enabled=false")
+    resolved = load("flash-sale", sets)
     bench = sale.make_bench(resolved, load_calibration(data_path("calibrations", "smollm2-reference.json")))
     corpus = read_corpus(resolved.scenario)
     rng = np.random.default_rng(3)
