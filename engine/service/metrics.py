@@ -30,7 +30,9 @@ from engine.service.recent import Recent
 from engine.units import S_NS
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4.encode()
-ADMISSION = ("rate_limited", "overloaded", "breaker_open", "replica_lost", "draining")  # said before any work was done
+ADMISSION = (
+    "rate_limited", "overloaded", "breaker_open", "upstream_busy", "replica_lost", "draining",
+)  # said before any work was done
 BREAKER_STATES = ("closed", "half_open", "open")
 LOCAL_HOST = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d*)?", re.IGNORECASE)
 FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
