@@ -62,7 +62,7 @@ class LimiterConfig(Section):
     user_rps: NonNegativeFloat = 0.0  # of each user whom a tenant names; 0 = unlimited
     user_burst_s: PositiveFloat = 10.0  # people click in bursts
     user_tokens_per_s: NonNegativeFloat = 0.0  # model tokens of each user; 0 = unlimited
-    users_most: Positive = 1_000_000  # debtors that are remembered (0.2 KB each); more are limited as their tenant only
+    users_most: Positive = 1_000_000  # debtors that are remembered (0.5 KB each); more are limited as their tenant
 
 
 class TenantConfig(Section):
@@ -142,7 +142,7 @@ class RetryConfig(Section):
 
     jitter_share: Share = 0.2  # Retry-After is longer by up to this share, by lot, so that not all come back at once
     jitter_least_s: NonNegativeFloat = 2.0  # by at least so much in all: Retry-After is told in whole seconds
-    budget_share: Share = 0.1  # under overload: second tries for each first one (the Site Reliability Workbook's 10 %)
+    budget_share: Share = 0.1  # under overload: second tries for each first one (Site Reliability Engineering, 21)
     budget_most: Positive = 20  # that are saved up
 
 

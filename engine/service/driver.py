@@ -7,7 +7,6 @@ machine speaks of.
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +47,7 @@ from engine.model.stepping import SamplingParams
 from engine.model.tokenizer import Detokenizer
 from engine.model.wire import Output, Said, ToReplica, Work
 from engine.policy.gateway import Gateway
+from engine.service.alarm import Alarm
 from engine.service.similar import FRESH, Done, PackedVectors, SimilarQuestions
 from engine.service.stops import cut
 from engine.service.stream import ClientStream, StoredAnswer, Tape
@@ -134,8 +134,7 @@ class GatewayDriver:
         self._last_ns = 0
         self._inbox: deque[GatewayEvent] = deque()
         self._busy = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_ns: int | None = None
+        self._alarm = Alarm(clock_ns, self._ring)
 
     # ------------------------------------------------------------ what the ingress calls
 
@@ -228,8 +227,7 @@ class GatewayDriver:
 
     def close(self) -> None:
         """No more events."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.stop()
         if self._journal is not None:
             self._journal.close()
 
@@ -286,21 +284,9 @@ class GatewayDriver:
                     self._replica_of.pop(event.sid, None)
         finally:
             self._busy = False
-        self._arm()
-
-    def _arm(self) -> None:
-        wake_ns = self.machine.next_wake_ns()
-        if wake_ns == self._timer_ns:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._timer_ns = None, wake_ns
-        if wake_ns is not None:
-            wait_s = max(0, wake_ns - self._clock_ns()) / S_NS
-            self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring, wake_ns)
+        self._alarm.set(self.machine.next_wake_ns())
 
     def _ring(self, wake_ns: int) -> None:
-        self._timer = self._timer_ns = None
         self._last_ns = max(self._last_ns, wake_ns)  # a timer that fires a hair early is on time
         self.deliver(Wake())
 

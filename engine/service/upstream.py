@@ -21,10 +21,10 @@ from engine.lane_events import Dispatch, Done, Heard, LaneAction, LaneEvent, Rec
 from engine.ledger.journal import JournalWriter
 from engine.model.wire import Output, ToReplica, Work
 from engine.policy.lane import Lane, LaneStats
+from engine.service.alarm import Alarm
 from engine.service.pool import next_life
 from engine.service.upstream_call import Called, call, client_of, first_model, look
 from engine.service.upstream_words import Broken
-from engine.units import S_NS
 from engine.upstream_config import UpstreamConfig
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ class Upstream:
         self._misses = 0
         self._inbox: deque[LaneEvent] = deque()
         self._busy = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_ns: int | None = None
+        self._alarm = Alarm(clock_ns, self._ring)
 
     # ------------------------------------------------------------ what the pool calls
 
@@ -139,7 +138,7 @@ class Upstream:
             self._journal.close()
             self._journal = None
         self._inbox.clear()
-        self._arm()
+        self._alarm.set(self._lane.next_wake_ns())
 
     # ------------------------------------------------------------ the lane's driver
 
@@ -158,7 +157,7 @@ class Upstream:
                 self._carry_out(actions)
         finally:
             self._busy = False
-        self._arm()
+        self._alarm.set(self._lane.next_wake_ns())
 
     def _carry_out(self, actions: list[LaneAction]) -> None:
         told = Output([])
@@ -205,18 +204,6 @@ class Upstream:
         if not called.reached:
             self._miss(called.why)
 
-    def _arm(self) -> None:
-        wake_ns = self._lane.next_wake_ns()
-        if wake_ns == self._timer_ns:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._timer_ns = None, wake_ns
-        if wake_ns is not None:
-            wait_s = max(0, wake_ns - self._clock_ns()) / S_NS
-            self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring, wake_ns)
-
     def _ring(self, wake_ns: int) -> None:
-        self._timer = self._timer_ns = None
         self._last_ns = max(self._last_ns, wake_ns)
         self._deliver(Wake())

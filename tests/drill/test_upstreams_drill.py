@@ -34,6 +34,7 @@ from tests.drill.conftest import Publish, Row
 from tests.drill.load import player
 from tests.drill.upstreams import SLOTS, Other, llama, vllm
 from tests.service.harness import CHAT, body, journal
+from tests.waiting import until
 
 pytestmark = pytest.mark.drill
 
@@ -66,9 +67,7 @@ def walk_away(engine: LiveEngine, others: list[Other]) -> float:
             next(reading[-1])
         assert [other.busy() for other in others] == [True, True], "one each: the router spreads calm traffic"
     left_s = time.monotonic()
-    while any(other.busy() for other in others):
-        assert time.monotonic() - left_s < IDLE_WITHIN_S, "it goes on computing for nobody"
-        time.sleep(0.05)
+    until(lambda: not any(other.busy() for other in others), "it goes on computing for nobody", IDLE_WITHIN_S)
     return time.monotonic() - left_s
 
 
@@ -140,9 +139,7 @@ def test_a_sale_through_two_foreign_servers_one_of_which_dies(tmp_path: Path, pu
     begun = [s for s in errors if s.status == 200]
     assert {s.error_code for s in begun} <= BROKEN_OFF and len(begun) <= SLOTS, "only what had begun on the dead one"
     payments = [s for s in seen if s.traffic_class == "payment_fraud" and s not in begun]
-    judged = [s for s in payments if s.status == 200]
-    assert {s.tier for s in judged} == {"model"}, "a payment is judged by a model or not at all"
-    assert len(judged) >= 0.9 * len(payments), "and nearly all are, though two servers share two cores with their load"
+    assert {(s.status, s.tier) for s in payments} == {(200, "model")}, "every payment is judged by a model"
     assert all(int(str(row["computed"])) > 0 for row in upstreams), "both had work"
     assert upstreams[DIES]["of these after the kill"] == 0
     assert int(str(upstreams[STAYS]["of these after the kill"])) > 0

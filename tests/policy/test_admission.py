@@ -3,8 +3,9 @@
 invariant: mutation that it caught
 - one queue is cut for once: ages counted whoever was let in before the cut
 - lowest first: standard's share cut by sheddable work; sheddable let in below one; critical given a lot
-- a closed loop: no cut; cut without growth; growth while somebody waits long; no doubling when idle
-- lots: by draw for named users; never moved; not uniform
+- a closed loop: growth while somebody waits long; no doubling when idle; a queue that will be late not cut again;
+  cut by a fixed share whatever the model had time for; critical work taken for standard; told from one request
+- lots: by draw for named users; never moved; off but cutting
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The limiter's levels together: everybody, a tenant, its users, a class with a cap; against one exact bucket each.
 
 invariant: mutation that it caught
-- all or nothing: charged level by level; the total charged when the user is refused
+- all or nothing: charged level by level
 - who is limited by whom: users of two tenants share; nameless users limited; a critical class with a cap charged to its
-  tenant; a cap that the standard class escapes; the longest wait of several not told
-- memory: debtors forgotten when the table is full; a new one taken in then
+  tenant, or to all tenants; a standard class charged to its cap only; the longest wait of several not told
+- never less than one request: a total below one
+- memory: a new one taken in though the table is full; a known one not; a full table that nobody sweeps
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What refused clients are told about coming back: never sooner than it makes sense, and not all at the same moment.
 
 invariant: mutation that it caught
-- jitter: none; shorter than the wait; the same for all; longer than its share; where waiting does not help
+- jitter: none; less than whole seconds
 """
 
 from __future__ import annotations
