@@ -13,6 +13,7 @@ import msgspec
 from engine.cache_config import ExactConfig, SemanticConfig, SnapshotConfig
 from engine.events import PRIORITY, Criticality
 from engine.ingress_config import IngressConfig
+from engine.redis_config import SessionsConfig, SharedConfig
 from engine.stepcost import StepCost
 from engine.units import ms_to_ns, s_to_ns
 from engine.upstream_config import UpstreamConfig
@@ -30,6 +31,7 @@ class ClassConfig(Section):
     max_wait_ms: NonNegative = 0  # longest wait for the first step; 0 = the TTFT SLO: later work would be dead work
     timeout_ms: Positive = 30_000  # the whole answer; then 504
     max_tokens: Positive = 24  # cap and default of the request's own max_tokens
+    brownout_max_tokens: NonNegative = 0  # from level 1 on; 0 = no other cap. Never of a critical class
     system_prompt: str = ""  # file below data/corpora; put before conversations that bring no system message
     pinned: bool = False  # keep the system prompt's KV blocks resident
     caches: Literal["none", "exact", "semantic"] = "exact"  # semantic: exact first, then similar questions
@@ -118,10 +120,10 @@ class OverloadConfig(Section):
 
     enabled: bool = True
     brownout_share: PositiveFloat = 0.25  # level 1: a few steps of waiting, more than batching itself causes
-    degraded_share: PositiveFloat = 0.3  # sheddable work that waited so long: less of it is let in
+    degraded_share: PositiveFloat = 0.25  # sheddable work that waited so long: less of it is let in
     shed_share: PositiveFloat = 0.4  # standard work: what was let in until then still comes before the SLO
     window_ms: Positive = 250  # DESIGN of Breakwater and DAGOR: evaluate several times a second
-    quiet_windows: Positive = 10  # the level falls after so many calm windows: it must not flicker
+    hold_ms: Positive = 9_000  # a level stays so long after it was last called for: it must not flicker
     graded: bool = True  # a share of the work is let in, not all or nothing; False: level 2 and 3 keep all of it out
     cut_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.06  # of the share that is let in, at each cut
     grow_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.02  # of it, in each calm window; doubling while idle
@@ -135,6 +137,11 @@ class OverloadConfig(Section):
     def window_ns(self) -> int:
         """Length of a window."""
         return ms_to_ns(self.window_ms)
+
+    @property
+    def hold_ns(self) -> int:
+        """How long a level outlasts what called for it."""
+        return ms_to_ns(self.hold_ms)
 
 
 class RetryConfig(Section):
@@ -257,6 +264,8 @@ class Scenario(Section):
     fairness: FairnessConfig = FairnessConfig()
     batcher: BatcherConfig = BatcherConfig()
     prefix: PrefixConfig = PrefixConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    shared: SharedConfig = SharedConfig()
     upstreams: dict[str, UpstreamConfig] = msgspec.field(default_factory=dict)  # who answers instead of replicas
 
 

@@ -5,6 +5,7 @@
         ScenarioError      a scenario file that cannot be used
         CalibrationError   a calibration that is missing, stale or foreign
         JournalError       a journal that cannot be read or replayed
+        LedgerError        a ledger that cannot be opened or read (ledger/errors.py)
       RequestError         an answer to a client: HTTP status, stable code, the parameter at fault
 
 The codes are a contract (README, "HTTP"); policies name a code, the ingress turns it into a status and a body.

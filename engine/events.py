@@ -67,6 +67,16 @@ class Arrive(Struct):
     attempt: int = 0  # 0 = a first try, by the client's own word
 
 
+class Charge(Struct):
+    """Work for a tenant that no machine schedules (embeddings), out of the same limits; Charged follows at once."""
+
+    rid: int
+    tenant: str
+    tokens: int  # model tokens; all that it costs
+    asker: bytes = b""  # as in Arrive
+    draw: int = 0  # as in Arrive
+
+
 class Cancel(Struct):
     """The client has gone away."""
 
@@ -245,8 +255,15 @@ class DropVector(Struct):
 class PlaceAnswer(Struct):
     """Compare the text kept as ``answer_id`` with the others under this hard key; Placed follows, some time.
 
-    Others are compared with it from then on, until DropAnswer.
+    Others are compared with it from then on, until DropPlace.
     """
+
+    hard_key: bytes
+    answer_id: str
+
+
+class DropPlace(Struct):
+    """No other answer under this hard key is compared with it any more; unknown ones are no-ops."""
 
     hard_key: bytes
     answer_id: str
@@ -292,6 +309,14 @@ class Reject(Struct):
     retry_after_ns: int | None = None
 
 
+class Charged(Struct):
+    """Answer to Charge. Without a code it was charged and may begin; else nothing was, and it may not."""
+
+    rid: int
+    code: str = ""  # of ``errors.STATUS_OF_CODE``
+    retry_after_ns: int | None = None
+
+
 class StoreAnswer(Struct):
     """Keep the finished text of submission ``sid`` under ``answer_id``."""
 
@@ -313,9 +338,10 @@ class Record(Struct):
 
 ReplicaWord = FirstToken | Ended | Pressure | KvEvents
 GatewayEvent = (
-    Arrive | Similar | Placed | Invalidate | Remember | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake | Drain
+    Arrive | Charge | Similar | Placed | Invalidate | Remember | ReplicaWord | ReplicaLost | ReplicaBack | Cancel | Wake
+    | Drain
 )
-Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector | PlaceAnswer
-GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Hold | Release | Upkeep | Record
+Upkeep = StoreAnswer | DropAnswer | StoreVector | DropVector | PlaceAnswer | DropPlace
+GatewayAction = FindSimilar | Submit | Attach | Abort | Answer | Reject | Charged | Hold | Release | Upkeep | Record
 ReplicaEvent = Submit | Abort | StepDone | StepFailed | Plan | Drain | Wake
 ReplicaAction = RunStep | ReplicaWord

@@ -194,6 +194,11 @@ def _check_sense(scenario: Scenario, path: Path) -> None:
     if total and abs(total - 1) > 1e-6:
         no(f"the classes' shares add up to {total:g}, not 1")
     for name, cls in scenario.classes.items():
+        if cls.brownout_max_tokens and cls.criticality == "critical":
+            no(
+                f"classes.{name}.brownout_max_tokens: a critical class's answers are never cut short",
+                "remove it, or make the class standard or sheddable",
+            )
         for file in (cls.system_prompt, cls.fallback):
             if file and not data_path("corpora", file).is_file():
                 no(f"classes.{name}: no file {file!r} below data/corpora")

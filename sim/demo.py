@@ -143,9 +143,10 @@ def _run(
 
 
 def find_capacity(
-    bench: Bench, resolved: Resolved, sets: tuple[str, ...], seed: int, folder: Path, say: Callable[[str], None]
+    bench: Bench, resolved: Resolved, sets: tuple[str, ...], seed: int, folder: Path, say: Callable[[str], None],
+    start: float = 1.0,
 ) -> Capacity:
-    """The twin's answer, confirmed (or lowered) by a short steady load on the live engine."""
+    """The twin's answer, confirmed (or lowered) by a short steady load on the live engine; from ``start`` times it."""
     twin_rps = bench.capacity_rps(seed)
     say(f"capacity   the twin finds {twin_rps:.2f}/s within the SLO, response caches off; asking the live engine")
     bare = caches_off(resolved.scenario)
@@ -158,7 +159,7 @@ def find_capacity(
                 seen = drive(engine, requests, bare, progress.update)
             return within_slo(seen, resolved), len(seen)
 
-        return confirm(twin_rps, ask, say)
+        return confirm(twin_rps, ask, say, start)
 
 
 def confirming(requests: list[Request], duration_s: float) -> list[Request]:
@@ -168,10 +169,11 @@ def confirming(requests: list[Request], duration_s: float) -> list[Request]:
 
 
 def confirm(
-    twin_rps: float, ask: Callable[[float, float, int], tuple[int, int]], say: Callable[[str], None]
+    twin_rps: float, ask: Callable[[float, float, int], tuple[int, int]], say: Callable[[str], None],
+    start: float = 1.0,
 ) -> Capacity:
     """Ask the live engine at the twin's rate, then lower: ``ask(rate, seconds, attempt)`` says (within SLO, of all)."""
-    rate, spent_s, attempt = twin_rps, 0.0, 0
+    rate, spent_s, attempt = twin_rps * start, 0.0, 0
     while True:
         duration_s = max(CONFIRM_S, CONFIRM_REQUESTS / rate)
         good_ones, count = ask(rate, duration_s, attempt)

@@ -40,6 +40,7 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
     error_code: str | None = None
     output_tokens: int = 0
     cached_tokens: int = 0
+    text: str = ""  # the answer
 
 
 async def play(
@@ -69,6 +70,12 @@ async def play(
             task.add_done_callback(count)
             tasks.append(task)
         return list(await asyncio.gather(*tasks))
+
+
+async def one_by_one(url: str, keys: dict[str, str], requests: list[Request]) -> list[Seen]:
+    """The same by one user with nobody else there: each leaves when the one before is answered."""
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
+        return [await _one(client, keys[r.tenant], r, time.monotonic_ns()) for r in requests]
 
 
 def late_warning(seen: list[Seen]) -> str:
@@ -125,6 +132,7 @@ async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> 
     ttft_ns: int | None = None
     failure: str | None = None
     usage: dict[str, Any] = {}
+    text: list[str] = []
     whole = False
     async for line in response.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
@@ -135,13 +143,14 @@ async def _read(response: httpx.Response, due_ns: int, seen: dict[str, Any]) -> 
             failure = chunk["error"]["code"]
         usage = chunk.get("usage") or usage
         choices = chunk.get("choices") or [{}]
-        if ttft_ns is None and (choices[0].get("delta") or {}).get("content"):
-            ttft_ns = time.monotonic_ns() - due_ns
+        if content := (choices[0].get("delta") or {}).get("content"):
+            ttft_ns = time.monotonic_ns() - due_ns if ttft_ns is None else ttft_ns
+            text.append(content)
     if not whole and failure is None:
         failure = CUT_OFF
     end_ns = time.monotonic_ns() - due_ns
     return Seen(
         **seen, ttft_ns=end_ns if ttft_ns is None else ttft_ns, e2e_ns=end_ns, error_code=failure,
         output_tokens=usage.get("completion_tokens", 0),
-        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0), text="".join(text),
     )

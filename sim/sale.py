@@ -22,7 +22,7 @@ from sim.desk.frames import level_frame, read_run, requests_frame, write_run
 from sim.desk.labels import labelled
 from sim.desk.report import RunView
 from sim.desk.summary import summarise
-from sim.live import drive, live_engine
+from sim.live import LiveEngine, drive, live_engine
 from sim.loadgen import Seen
 from sim.twin.cost import Calibration, require_encoder
 from sim.twin.steps import logged_steps, replica_journals
@@ -66,11 +66,15 @@ def live_sale(
     seed: int,
     folder: Path,
     on_done: Callable[[int], None],
+    before: Callable[[LiveEngine], None] = lambda engine: None,
+    after: Callable[[LiveEngine], None] = lambda engine: None,
 ) -> tuple[RunView, list[Seen]]:
-    """The requests through a live engine of its own."""
+    """The requests through a live engine of its own; ``before`` and ``after`` are called while it runs."""
     scenario = resolved.scenario
     with live_engine(resolved, sets, folder) as engine:
+        before(engine)
         seen = drive(engine, requests, scenario, on_done)
+        after(engine)
     if not seen:
         raise UserError("the workload has no request", fix="a longer profile, or a higher workload.base_rate_rps")
     start_ns = seen[0].scheduled_ns - requests[0].at_ns - engine.epoch_ns

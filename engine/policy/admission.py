@@ -26,6 +26,7 @@ AGAIN_WINDOWS = 4
 URGENT_CUT = 0.8
 FORGET = 8  # of what was sent and begun, an eighth is forgotten with every window
 FEW = 8  # requests: too few to tell what the model has time for
+LONG_AGO_NS = -(1 << 62)
 LONG_AGO = 64  # windows: nothing is left of what was noted
 NOTED = 1 << 16  # one request, in the counts that are forgotten bit by bit
 LOT_NS = 300 * S_NS  # a named user's lot holds so long
@@ -42,7 +43,9 @@ class Admission:
         self._enabled = config.enabled and config.graded
         self._window_ns = config.window_ns
         self._slos = {name: (cls.priority, ms_to_ns(cls.slo_ttft_ms)) for name, cls in classes.items()}
-        self._cut_ns = -(1 << 62)  # who was sent before is no evidence against the share of now
+        # who was sent before a cut is no evidence against the share of now. Sheddable work waits behind all other, so a
+        # cut of it alone does nothing for those, and their waiting still counts
+        self._cut_ns = self._weak_cut_ns = LONG_AGO_NS
         self._window_from_ns: int | None = None
         self._loudest = 0.0  # share of a promise, in this window, whoever waited
         self._waited = False
@@ -72,7 +75,7 @@ class Admission:
             part = max(0, now_ns - sent_ns, (predicted_ns or {}).get(name, 0)) / slo_ns
             self._waited = True
             if priority == PRIORITY["sheddable"]:
-                if sent_ns >= self._cut_ns:
+                if sent_ns >= self._weak_cut_ns:
                     weak = max(weak, part)
                 continue
             oldest = max(oldest, part)
@@ -85,12 +88,16 @@ class Admission:
         elif firm >= self._config.shed_share:
             self._cut(now_ns, min(STANDARD, round(min(self.share, STANDARD) * self._sustainable())))
         elif weak >= self._config.degraded_share and self.share > STANDARD:
-            self._cut(now_ns, STANDARD + (self.share - STANDARD) // 2)
+            self._weaken(now_ns, STANDARD + (self.share - STANDARD) // 2)
         elif now_ns - self._window_from_ns >= self._window_ns:
             self._close(now_ns)
 
     def _cut(self, now_ns: int, share: int) -> None:
-        self.share, self._cut_ns, self._idle = share, now_ns, 0
+        self._cut_ns = now_ns
+        self._weaken(now_ns, share)
+
+    def _weaken(self, now_ns: int, share: int) -> None:
+        self.share, self._weak_cut_ns, self._idle = share, now_ns, 0
         self._begin(now_ns)
 
     def _sustainable(self) -> float:

@@ -12,6 +12,7 @@ from engine.config import GatewayConfig
 from engine.events import (
     Arrive,
     DropAnswer,
+    DropPlace,
     DropVector,
     Ended,
     Invalidate,
@@ -130,7 +131,7 @@ class Answers:
             return self._settle(open_, None)
         right = self.identities.same(open_.entry.answer_id, Placed(open_.hard_key, ended.answer_id))
         key = open_.hard_key, ended.answer_id
-        kept = self.semantic.refers_to(ended.answer_id) and not self.identities.of(*key)
+        kept = self.semantic.refers_to(ended.answer_id, open_.hard_key) and not self.identities.of(*key)
         if right is None and self.identities.kind == "meaning" and kept and len(self._pending) < PENDING:
             self._pending.setdefault(key, []).append(open_)  # its vector was asked for when it was kept
         else:
@@ -141,7 +142,7 @@ class Answers:
         """An answer's vector has been compared with those of the answers that are kept."""
         opens = self._pending.pop((event.hard_key, event.answer_id), [])
         rights = [self.identities.same(open_.entry.answer_id, event) for open_ in opens]
-        if self.semantic.refers_to(event.answer_id):
+        if self.semantic.refers_to(event.answer_id, event.hard_key):
             self.identities.place(event)
         for open_, right in zip(opens, rights, strict=True):
             self._settle(open_, right)
@@ -173,14 +174,17 @@ class Answers:
         """What nobody needs any more: of what has left since the last call, and of these."""
         gone = dict.fromkeys((*texts, *self.exact.drain_dropped()))
         keys: dict[Key, None] = {}
+        places: dict[tuple[bytes, str], None] = {}
         for entry in (*questions, *self.semantic.drain_dropped()):
-            gone[entry.answer_id] = keys[entry.key] = None
+            gone[entry.answer_id] = keys[entry.key] = places[entry.hard_key, entry.answer_id] = None
         out: list[Upkeep] = [DropVector(*key) for key in keys if not self.found(key)]
+        for hard_key, answer_id in places if self.identities.kind == "meaning" else ():
+            if not self.semantic.refers_to(answer_id, hard_key):
+                self.identities.forget(hard_key, answer_id)
+                out.append(DropPlace(hard_key, answer_id))
         for answer_id in gone:
-            if not self.semantic.refers_to(answer_id):
-                self.identities.forget(answer_id)
-                if not self.exact.refers_to(answer_id):
-                    out.append(DropAnswer(answer_id))
+            if not self.semantic.refers_to(answer_id) and not self.exact.refers_to(answer_id):
+                out.append(DropAnswer(answer_id))
         return out
 
     def found(self, question: Key) -> bool:
@@ -216,7 +220,7 @@ class Answers:
         out: dict[Upkeep, None] = {}
         for kept in similar:
             hard_key, answer_id = kept.entry.hard_key, kept.entry.answer_id
-            if not self.semantic.refers_to(answer_id) or self.identities.of(hard_key, answer_id):
+            if not self.semantic.refers_to(answer_id, hard_key) or self.identities.of(hard_key, answer_id):
                 continue
             if kept.group:
                 self.identities.take_back(hard_key, answer_id, kept.group)
@@ -229,5 +233,5 @@ class Answers:
         self.exact.check()
         self.semantic.check()
         self.invalidations.check()
-        self.identities.check({entry.answer_id: 1 for entry in self.semantic.entries()})
+        self.identities.check({(entry.hard_key, entry.answer_id) for entry in self.semantic.entries()})
         assert not self._outcomes, "outcomes: taken within the event that brought them"

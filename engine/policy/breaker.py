@@ -100,8 +100,7 @@ class Breaker:
         assert all(0 <= share < MILLION for share in jitter or ()), "jitter: cuts a part of the open time, never all"
         self.config = config
         self._jitter = tuple(jitter or ())
-        self._failure_limit = max(1, round(config.failure_share * MILLION))
-        self._slow_limit = max(1, round(config.slow_share * MILLION))
+        self._failure_limit, self._slow_limit = _millionths(config.failure_share), _millionths(config.slow_share)
         self._slow_ns, self._probe_ns = ms_to_ns(config.slow_ms), ms_to_ns(config.half_open_max_ms)
         self._now_ns = 0
         self._state: State = "closed"
@@ -255,6 +254,11 @@ class Breaker:
         if self._state == "half_open":
             return Window(self.config.half_open_permits, by_time=False)
         return Window(self.config.window_size, by_time=self.config.window == "time")
+
+
+def _millionths(share: float) -> int:
+    """Rounded down, so that two of three meet a share of 2/3."""
+    return max(1, int(share * MILLION))
 
 
 def spread(number: int, most: float) -> tuple[int, ...]:

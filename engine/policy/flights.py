@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.events import Arrive, Submit
+from engine.events import Arrive, Ended, Submit
 from engine.policy.jobs import Job
 from engine.policy.rules import Key
 from engine.values import Struct
@@ -44,6 +44,10 @@ class Flight:
     job: Job | None = None
     riders: dict[int, bool] = field(default_factory=dict)  # rid -> its client still listens; the leader comes first
     started: bool = False  # the first token is out
+
+    def cut_short(self, asked: Arrive, ended: Ended) -> bool:
+        """Whether a cap of now has ended an answer that ``asked`` wanted longer: it is nobody's answer later on."""
+        return ended.reason == "length" and self.ask.max_tokens < asked.max_tokens
 
     def ticket(self, start_by_ns: int) -> Submit:
         """What the replica is told: the leader's request."""

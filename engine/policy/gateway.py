@@ -15,6 +15,7 @@ from engine.events import (
     Arrive,
     Attach,
     Cancel,
+    Charge,
     Drain,
     DropVector,
     Ended,
@@ -36,12 +37,13 @@ from engine.events import (
     Tier,
     Wake,
 )
+from engine.policy import account
 from engine.policy.answers import Answers
 from engine.policy.background import Background
 from engine.policy.boundaries import Boundaries
 from engine.policy.fleet import ELSEWHERE, GOOD, HOPELESS, Fleet
 from engine.policy.flights import Flight, Flights, Seat
-from engine.policy.limiter import OF_SCOPE, Limiter
+from engine.policy.limiter import Limiter
 from engine.policy.overload import Overload
 from engine.policy.patience import Patience
 from engine.policy.replies import Replies, code_of
@@ -88,6 +90,8 @@ class Gateway:
                 self.background.placed(now_ns, event)
             case Invalidate():
                 self._invalidate(event)
+            case Charge():
+                self._outbox.append(account.charge(self.limiter, now_ns, event, self._replies.later))
             case Remember():
                 self._outbox.extend(self.answers.remember(now_ns, event))
             case FirstToken():
@@ -123,16 +127,16 @@ class Gateway:
     def next_wake_ns(self) -> int | None:
         """The nearest deadline, of a request or a job, or the end of the overload window."""
         moments = (self.patience.next_ns(), self.overload.next_wake_ns(), self.background.next_ns())
-        return min((ns for ns in moments if ns is not None), default=None)
+        named = [ns for ns in moments if ns is not None]
+        return min(named) if named else None
 
     # ------------------------------------------------------------ the way of one request
 
     def _journey(self, trip: Trip) -> Journey:
         ask, cls = trip.ask, trip.cls
-        verdict = self.limiter.take(self._now_ns, ask.tenant, trip.reserved_tokens, ask.asker, ask.traffic_class)
+        verdict = account.reserve(self.limiter, self._now_ns, trip)
         if not verdict.ok:
-            trip.reserved_tokens = 0
-            return self._reject(trip, OF_SCOPE.get(verdict.scope, "rate_limited"), verdict.retry_after_ns)
+            return self._reject(trip, account.code_of(verdict), verdict.retry_after_ns)
         if self._draining:
             return self._reject(trip, "draining", S_NS)
         asked = rode = False
@@ -161,7 +165,7 @@ class Gateway:
                 asked = not rode or self.fleet.away
                 continue  # another question's failure is not this one's
             if self.overload.sheds(ask, cls.priority, self._now_ns, drawn=trip.drawn):
-                return self._last_resort(trip, "overloaded", self.overload.calm_ns(cls.priority))
+                return self._last_resort(trip, "overloaded", self.overload.calm_ns())
             trip.drawn = True
             if late_ns := self.fleet.late_ns(self._now_ns, ask, cls):
                 return self._last_resort(trip, "overloaded", max(S_NS, late_ns))
@@ -202,11 +206,12 @@ class Gateway:
 
     def _twin_of(self, trip: Trip) -> Flight | None:
         """A flight that computes the very same."""
-        return self.flights.find(trip.key, trip.cls.priority) if self.config.exact.single_flight else None
+        flight = self.flights.find(trip.key, trip.cls.priority) if self.config.exact.single_flight else None
+        return flight if flight is not None and trip.suits(flight) else None
 
     def _lead(self, trip: Trip, seat: Seat) -> Ride:
         """Compute it. Others may ride along; a client that leaves does not strand them."""
-        ask, cls = trip.ask, trip.cls
+        ask, cls = trip.to_compute(), trip.cls
         question = (ask.hard_key, ask.text_key) if self.config.semantic.coalesce and trip.has_vector else None
         flight = self.flights.lead(
             ask, trip.key, cls.priority, self._now_ns, seat, self.answers.invalidations.number,
@@ -221,7 +226,7 @@ class Gateway:
         ended = yield from self._ride(trip, flight, flight.ticket(ask.arrived_ns + cls.start_within_ns))
         if ended.computed_tokens:
             trip.used_tokens = ask.prompt_tokens + ended.output_tokens
-        if ended.reason in GOOD and trip.key and ended.answer_id:
+        if ended.reason in GOOD and trip.key and ended.answer_id and not flight.cut_short(trip.ask, ended):
             self._outbox.extend(self.answers.keep(self._now_ns, flight, trip.has_vector, ended))
             for with_ in trip.compare:
                 self.answers.compare(flight, with_, ended)
@@ -327,10 +332,7 @@ class Gateway:
         del self._journeys[rid], self._trips[rid]
         self.patience.end(rid)
         self._ended += 1
-        who = trip.ask
-        self.limiter.settle(
-            self._now_ns, who.tenant, trip.reserved_tokens, trip.used_tokens, who.asker, who.traffic_class
-        )
+        account.settle(self.limiter, self._now_ns, trip)
         self._outbox.append(Record(trip.record()))
 
     def _first_token(self, event: FirstToken) -> None:

@@ -18,8 +18,8 @@ class Identities:
     def __init__(self, config: SemanticConfig) -> None:
         self.kind = config.identity
         self._least = round(config.same_answer_cosine * 1_000_000)
-        self._groups: dict[str, dict[bytes, str]] = {}
-        """Answer id -> hard key -> its group there, named by its first leader; "meaning" only."""
+        self._groups: dict[tuple[bytes, str], str] = {}
+        """(Hard key, answer id) -> its group there, named by its first leader; "meaning" only."""
 
     def of(self, hard_key: bytes, answer_id: str) -> str:
         """Answers of one name under a hard key say the same."""
@@ -36,14 +36,14 @@ class Identities:
         key = placed.hard_key, placed.answer_id
         if self.kind == "meaning" and placed.known and not self._group(*key):
             group = self._join(placed.hard_key, placed.near) or placed.answer_id
-            self._groups.setdefault(placed.answer_id, {})[placed.hard_key] = group
+            self._groups[key] = group
 
     def take_back(self, hard_key: bytes, answer_id: str, group: str) -> None:
         """It was in this group in a former life."""
-        self._groups.setdefault(answer_id, {}).setdefault(hard_key, group)
+        self._groups.setdefault((hard_key, answer_id), group)
 
     def _group(self, hard_key: bytes, answer_id: str) -> str:
-        return self._groups.get(answer_id, {}).get(hard_key, "")
+        return self._groups.get((hard_key, answer_id), "")
 
     def _join(self, hard_key: bytes, near: tuple[Likeness, ...]) -> str:
         for like in near:
@@ -71,10 +71,17 @@ class Identities:
             for like in placed.near
         )
 
-    def forget(self, answer_id: str) -> None:
-        """Nobody keeps it any more, under no hard key; unknown ones are no-ops."""
-        self._groups.pop(answer_id, None)
+    def forget(self, hard_key: bytes, answer_id: str) -> None:
+        """Nobody keeps it under this hard key any more; others may keep it under theirs. Unknown ones are no-ops.
 
-    def check(self, kept: dict[str, int]) -> None:
-        """Invariants."""
-        assert all(answer_id in kept for answer_id in self._groups), "groups: only of answers that are kept"
+        A client's tags are part of the hard key: one popular answer could be under new ones for ever.
+        """
+        self._groups.pop((hard_key, answer_id), None)
+
+    def __len__(self) -> int:
+        """Places that have a group."""
+        return len(self._groups)
+
+    def check(self, kept: set[tuple[bytes, str]]) -> None:
+        """Invariants. ``kept``: hard keys and the answers that are kept under them."""
+        assert self._groups.keys() <= kept, "groups: only of answers that are kept, each under its own hard key"

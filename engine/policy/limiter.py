@@ -28,6 +28,7 @@ class Verdict(Struct):
     ok: bool
     retry_after_ns: int | None = None
     scope: Scope = "tenant"  # whose limit it was
+    watched: bool = False  # its user has a bucket, and that was charged too: only then is it settled there
 
 
 class LimiterStats(Struct):
@@ -40,7 +41,7 @@ class LimiterStats(Struct):
     by_scope: tuple[tuple[Scope, int], ...] = ()  # limited, by whose limit
 
 
-OK = Verdict(ok=True)
+OK, OK_WATCHED = Verdict(ok=True), Verdict(ok=True, watched=True)
 
 
 class _Level:
@@ -98,16 +99,17 @@ class Limiter:
         """``classes``: for their caps; none by default."""
         self._enabled, self._users_most = config.enabled, config.users_most
         self._tenants = _level(
-            "tenant", _grant(config, TenantConfig()), {name: _grant(config, own) for name, own in tenants.items()}
+            "tenant", tenant_grant(config, TenantConfig()),
+            {name: tenant_grant(config, own) for name, own in tenants.items()},
         )
         self._total = self._users = None
         if config.total_rps:
-            self._total = _level("total", (_at_least_one(config.total_rps, config.total_burst_s), UNLIMITED), {})
+            self._total = _level("total", (at_least_one(config.total_rps, config.total_burst_s), UNLIMITED), {})
         if config.user_rps or config.user_tokens_per_s:
             rates = config.user_rps, config.user_tokens_per_s
-            self._users = _level("user", _user_grant(*rates, config.user_burst_s, config.token_burst_s), {})
+            self._users = _level("user", user_grant(*rates, config.user_burst_s, config.token_burst_s), {})
         capped = {name: cls for name, cls in (classes or {}).items() if cls.cap_rps}
-        self._caps = {name: _level("class", (_cap(cls), UNLIMITED), {}) for name, cls in capped.items()}
+        self._caps = {name: _level("class", (class_cap(cls), UNLIMITED), {}) for name, cls in capped.items()}
         self._alone = {name for name, cls in capped.items() if cls.priority == 0}  # obey their cap and nothing else
         self._single = not (self._total or self._users or self._caps)
         self._now_ns = 0
@@ -150,7 +152,7 @@ class Limiter:
         for level, key in levels:
             level.charge(now_ns, key, cost)
         self._allowed += 1
-        return OK
+        return OK_WATCHED if levels[-1][0] is self._users else OK
 
     def _refuse(self, now_ns: int, level: _Level, wait_ns: int | None, behind_ns: int) -> Verdict:
         self._limited += 1
@@ -184,7 +186,10 @@ class Limiter:
         self, now_ns: int, tenant: str, reserved_tokens: int, used_tokens: int, user: bytes = b"",
         traffic_class: str = "",
     ) -> None:
-        """Exchange a reservation for what was used. Debt is bounded by one burst, so nobody is locked out for good."""
+        """Exchange a reservation for what was used. Debt is bounded by one burst, so nobody is locked out for good.
+
+        ``user``: only one whose verdict was ``watched``. Else what was never charged would pay for other requests.
+        """
         assert min(reserved_tokens, used_tokens) >= 0, f"tokens must not be negative: {reserved_tokens}, {used_tokens}"
         if not self._enabled:
             return
@@ -223,21 +228,24 @@ def _level(scope: Scope, default: tuple[Grant, Grant], own: dict[str, tuple[Gran
     return _Level(scope, Gcra(default[0], grants), Gcra(default[1], tokens) if limited else None)
 
 
-def _grant(config: LimiterConfig, tenant: TenantConfig) -> tuple[Grant, Grant]:
+def tenant_grant(config: LimiterConfig, tenant: TenantConfig) -> tuple[Grant, Grant]:
+    """Requests and model tokens of a tenant; what its key does not name is the scenario's."""
     rate_rps = config.rate_rps if tenant.rate_rps is None else tenant.rate_rps
     burst = config.burst if tenant.burst is None else tenant.burst
     tokens_per_s = config.tokens_per_s if tenant.tokens_per_s is None else tenant.tokens_per_s
     return grant(rate_rps, burst), grant_for(tokens_per_s, config.token_burst_s)
 
 
-def _user_grant(rps: float, tokens_per_s: float, burst_s: float, token_burst_s: float) -> tuple[Grant, Grant]:
-    return (_at_least_one(rps, burst_s) if rps else UNLIMITED), grant_for(tokens_per_s, token_burst_s)
+def user_grant(rps: float, tokens_per_s: float, burst_s: float, token_burst_s: float) -> tuple[Grant, Grant]:
+    """Requests and model tokens of each user; 0 = unlimited."""
+    return (at_least_one(rps, burst_s) if rps else UNLIMITED), grant_for(tokens_per_s, token_burst_s)
 
 
-def _cap(cls: ClassConfig) -> Grant:
-    return _at_least_one(cls.cap_rps, 1.0)
+def class_cap(cls: ClassConfig) -> Grant:
+    """Requests of a class that has a cap: a second's worth at once."""
+    return at_least_one(cls.cap_rps, 1.0)
 
 
-def _at_least_one(rps: float, burst_s: float) -> Grant:
+def at_least_one(rps: float, burst_s: float) -> Grant:
     """A bucket that holds less than one request would let nobody pass."""
     return grant(rps, max(1.0, rps * burst_s))

@@ -16,6 +16,7 @@ from engine.units import S_NS, ms_to_ns
 from engine.values import Struct
 
 LEVELS = 5
+LONG_AGO_NS = -(1 << 62)
 BROWNOUT, SHED = 1, 3
 SHEDDABLE_HIGHEST = 2  # waiting sheddable work must never get standard work shed: lowest first
 
@@ -41,12 +42,7 @@ class OverloadStats(Struct):
 
 
 class Overload:
-    """The level, moved by observations.
-
-    A window ends one window's length after the last one ended or the level rose, and holds the observations since then,
-    the one at its very end included. One without any is judged by the first observation after it: with wakes on time
-    there is none, and after a pause what is waiting now is all the evidence there is.
-    """
+    """The level: the highest that was called for within the last ``hold_ms``, by any observation."""
 
     def __init__(
         self, config: OverloadConfig, classes: dict[str, ClassConfig], retry: RetryConfig | None = None
@@ -55,8 +51,7 @@ class Overload:
         self.admission, self._retries = Admission(config, classes), RetryBudget(retry or RetryConfig())
         self._graded = config.graded
         self._enabled = config.enabled
-        self._window_ns = config.window_ns
-        self._quiet_windows = config.quiet_windows
+        self._window_ns, self._hold_ns = config.window_ns, config.hold_ns
         shares = (config.brownout_share, config.degraded_share, config.shed_share)
         self._rules = [  # in the order of the configuration: the first class of the highest level is the one named
             (
@@ -67,9 +62,7 @@ class Overload:
             for name, cls in classes.items()
         ]
         self._now_ns: int | None = None
-        self._window_from_ns = 0
-        self._worst: int | None = None  # highest raw level seen in this window
-        self._quiet = self._calmest = 0  # calm windows in a row, and the highest level that one of them called for
+        self._called_ns = [LONG_AGO_NS] * LEVELS  # when each level, or a higher one, was called for last
         self._waits = False
         self._rises = self._falls = 0
         self._level_ns = [0] * LEVELS
@@ -82,7 +75,7 @@ class Overload:
         ``predicted_ns``: how long the next one of a class would wait; it counts where longer, if somebody waits at all.
         """
         if self._now_ns is None:
-            self._now_ns = self._window_from_ns = now_ns
+            self._now_ns = now_ns
         now_ns = max(now_ns, self._now_ns)
         self._level_ns[self.level] += now_ns - self._now_ns
         self._now_ns = now_ns
@@ -93,10 +86,9 @@ class Overload:
         self.admission.observe(now_ns, oldest_ns, predicted_ns)
         raw = max(raw, self.admission.level)
         self._waits = bool(traffic_class)
-        self._roll(now_ns, raw)
-        if raw > self.level:
-            self.level = raw
-            self._window_from_ns, self._worst, self._quiet, self._calmest = now_ns, None, 0, 0
+        for level in range(1, raw + 1):
+            self._called_ns[level] = now_ns
+        self.level = sum(now_ns - called_ns < self._hold_ns for called_ns in self._called_ns[1:])
         if self.level == before:
             return None
         if self.level > before:
@@ -119,14 +111,15 @@ class Overload:
         out = not self.admission.admits(ask, priority, now_ns) if self._graded else self.level >= SHED + 1 - priority
         return out or bool(ask.attempt and not drawn and not self._retries.take(ask.tenant))
 
-    def calm_ns(self, priority: int) -> int:
-        """Earliest moment at which the level can have fallen far enough for it: an honest Retry-After."""
-        down = max(1, self.level - (4 - priority) + 1) if not self._graded else 1
-        return max(S_NS, down * self._quiet_windows * self._window_ns)
+    def calm_ns(self) -> int:
+        """Earliest after which the level can have fallen: an honest Retry-After."""
+        return max(S_NS, self._hold_ns)
 
     def next_wake_ns(self) -> int | None:
-        """End of the current window, while there is something to watch."""
-        return self._window_from_ns + self._window_ns if self.level or self._waits else None
+        """The next end of a window (they lie on a grid), while there is something to watch."""
+        if self._now_ns is None or not (self.level or self._waits):
+            return None
+        return (self._now_ns // self._window_ns + 1) * self._window_ns
 
     def stats(self) -> OverloadStats:
         """The level now, how often it moved, and how long it stayed."""
@@ -140,13 +133,8 @@ class Overload:
         self._retries.check()
         assert 0 <= self.level < LEVELS, "the level is one of five"
         assert self._enabled or self.level == 0, "a controller that is off stays at level 0"
-        assert 0 <= self._quiet < self._quiet_windows, "quiet windows end in a step down"
-        assert self._calmest < max(self.level, 1), "calm windows call for less"
+        assert sorted(self._called_ns[1:], reverse=True) == self._called_ns[1:], "a call is one for lower levels too"
         assert not self._enabled or self.level >= self.admission.level, "the level never lags behind the share"
-        assert self._now_ns is None or not self._enabled or (
-            self._window_from_ns <= self._now_ns < self._window_from_ns + self._window_ns
-        ), "the current window holds the last observation"
-        assert self._worst is None or self._worst <= self.level, "the level never lags behind what was seen"
 
     def _raw(self, now_ns: int, oldest_ns: dict[str, int], predicted_ns: dict[str, int]) -> tuple[int, str, int]:
         """Level that the ages alone call for, and who calls."""
@@ -159,25 +147,3 @@ class Overload:
             if level > raw:
                 raw, traffic_class, age_ns = level, name, waited_ns
         return max(raw, 0), traffic_class, age_ns
-
-    def _roll(self, now_ns: int, raw: int) -> None:
-        """Close the windows that are over; ``raw`` belongs to the one that holds ``now_ns``."""
-        while self._window_from_ns + self._window_ns < now_ns:
-            self._close(raw if self._worst is None else self._worst)
-            if self.level <= raw:  # no window up to now is calm any more: an hour of them is one jump
-                self._window_from_ns += (now_ns - self._window_from_ns - 1) // self._window_ns * self._window_ns
-        self._worst = raw if self._worst is None else max(raw, self._worst)
-        if self._window_from_ns + self._window_ns == now_ns:
-            self._close(self._worst)
-
-    def _close(self, worst: int) -> None:
-        self._window_from_ns += self._window_ns
-        self._worst = None
-        if worst >= self.level:
-            self._quiet = self._calmest = 0
-            return
-        self._quiet += 1
-        self._calmest = max(self._calmest, worst)
-        if self._quiet == self._quiet_windows:
-            self.level = self._calmest
-            self._quiet = self._calmest = 0

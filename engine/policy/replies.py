@@ -79,12 +79,17 @@ class Replies:
 
     def reject(self, now_ns: int, trip: Trip, code: str, retry_after_ns: int | None) -> None:
         """A code, and when to come again."""
-        if retry_after_ns is not None:  # never sooner than it makes sense, and not everybody at that moment
-            most_ns = max(self._jitter_least_ns, retry_after_ns * self._jitter // 1_000_000)
-            retry_after_ns += most_ns * (trip.ask.draw % JITTERS) // JITTERS
+        retry_after_ns = self.later(retry_after_ns, trip.ask.draw)
         trip.error_code = code
         trip.close(now_ns, "failed" if code in ("model_failed", "replica_lost") else "rejected")
         self._outbox.append(Reject(trip.ask.rid, code, trip.level, retry_after_ns))
+
+    def later(self, retry_after_ns: int | None, draw: int) -> int | None:
+        """When to come again: never sooner than it makes sense, and not everybody at that moment."""
+        if retry_after_ns is None:
+            return None
+        most_ns = max(self._jitter_least_ns, retry_after_ns * self._jitter // 1_000_000)
+        return retry_after_ns + most_ns * (draw % JITTERS) // JITTERS
 
 
 def fallback_id(traffic_class: str) -> str:

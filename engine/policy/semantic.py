@@ -84,7 +84,7 @@ class SemanticCache:
         self._entries: OrderedDict[Key, SemanticEntry] = OrderedDict()  # least recently used first
         self._tagged: TagIndex[Key] = TagIndex()
         self._agreed: dict[Key, tuple[bytes, ...]] = {}  # who else got an equal answer; entries in quarantine only
-        self._references: dict[str, int] = {}
+        self._references: dict[str, dict[bytes, int]] = {}  # answer id -> hard key -> entries
         self._dropped: list[SemanticEntry] = []
         self._hits = self._approximate = self._rides = self._misses = self._invalidations = 0
 
@@ -163,7 +163,8 @@ class SemanticCache:
     def put(self, entry: SemanticEntry, now_ns: int) -> None:
         """Keep an answered question, in place of an older answer to the very same one."""
         key = entry.key
-        self._references[entry.answer_id] = self._references.get(entry.answer_id, 0) + 1
+        under = self._references.setdefault(entry.answer_id, {})
+        under[entry.hard_key] = under.get(entry.hard_key, 0) + 1
         old = self._entries.get(key)
         agreed = self._agreed_anew(old, entry)
         if old is not None:
@@ -225,9 +226,10 @@ class SemanticCache:
         """All, least recently used first."""
         return list(self._entries.values())
 
-    def refers_to(self, answer_id: str) -> bool:
-        """Does an entry still need this text?"""
-        return answer_id in self._references
+    def refers_to(self, answer_id: str, hard_key: bytes | None = None) -> bool:
+        """Does an entry still need this text? With a hard key: one under that."""
+        under = self._references.get(answer_id)
+        return under is not None and (hard_key is None or hard_key in under)
 
     def drain_dropped(self) -> list[SemanticEntry]:
         """Entries that left since the last call: their vectors may go, and their texts if nobody else needs them."""
@@ -244,10 +246,11 @@ class SemanticCache:
 
     def check(self) -> None:
         """Invariants."""
-        references: dict[str, int] = {}
+        references: dict[str, dict[bytes, int]] = {}
         for key, entry in self._entries.items():
             assert key == entry.key, "an entry lies under its own key"
-            references[entry.answer_id] = references.get(entry.answer_id, 0) + 1
+            under = references.setdefault(entry.answer_id, {})
+            under[entry.hard_key] = under.get(entry.hard_key, 0) + 1
         assert references == self._references, "every answer is referenced as often as entries name it"
         assert len(self._entries) <= self._config.max_entries, "never more entries than allowed"
         assert all(key in self._entries for key in self._agreed), "quarantine: only of entries that are there"
@@ -262,12 +265,13 @@ class SemanticCache:
         self._agreed.pop(entry.key, None)
         if not again:
             self.rule.forget(entry.key)
-        self._unreference(entry.answer_id)
+        self._unreference(entry)
         self._dropped.append(entry)
 
-    def _unreference(self, answer_id: str) -> None:
-        left = self._references[answer_id] - 1
-        if left:
-            self._references[answer_id] = left
-        else:
-            del self._references[answer_id]
+    def _unreference(self, entry: SemanticEntry) -> None:
+        under = self._references[entry.answer_id]
+        under[entry.hard_key] -= 1
+        if not under[entry.hard_key]:
+            del under[entry.hard_key]
+            if not under:
+                del self._references[entry.answer_id]

@@ -79,7 +79,7 @@ class SimilarTier:
 
         def marks(key: Key) -> TextMarks | None:
             flight = self._flights.asks(key, trip.cls.priority)
-            return flight.ask.marks if flight is not None else None
+            return flight.ask.marks if flight is not None and trip.suits(flight) else None
 
         return marks if self._config.coalesce and not self._config.quarantine else lambda key: None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from engine.config import ClassConfig
 from engine.events import (
     Arrive,
@@ -55,6 +57,7 @@ class Trip:
     level: int  # on arrival
     reserved_tokens: int
     used_tokens: int = 0
+    watched: bool = False  # its user's bucket holds the reservation too
     leads: bool = False
     replica: int | None = None
     retried: bool = False  # a replica died under it, and it was sent to another
@@ -77,6 +80,21 @@ class Trip:
     computed_tokens: int = 0
     queue_ns: int = 0
     preemptions: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Of its answer, were it computed: what was asked for, or what its class is left with at the level it met."""
+        cap = self.cls.brownout_max_tokens
+        return min(self.ask.max_tokens, cap) if cap and self.level and self.cls.priority else self.ask.max_tokens
+
+    def suits(self, flight: Flight) -> bool:
+        """Whether a computation of the same, or of a similar question, may be as long as its own would be."""
+        return flight.ask.max_tokens >= self.most_tokens
+
+    def to_compute(self) -> Arrive:
+        """What is submitted: as asked, but for the length."""
+        most = self.most_tokens
+        return self.ask if most == self.ask.max_tokens else replace(self.ask, max_tokens=most)
 
     @property
     def over(self) -> bool:

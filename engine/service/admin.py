@@ -1,4 +1,4 @@
-"""``/admin/cache``: look at the response caches and flush them, for admin keys; and the tags that clients give.
+"""``/admin/cache``: look at the response caches and flush them, for admin keys and this machine; and clients' tags.
 
 A flush is one ``Invalidate`` event: journalled, replayed, and true of answers that are just being computed. What is
 shown are facts about answers, never their texts, nor digests of questions. Knows no HTTP but the two places where
@@ -84,6 +84,19 @@ def check_admin(keyring: KeyRing, tenant: str) -> None:
     """RequestError "forbidden" for all other keys."""
     if not keyring.is_admin(tenant):
         raise RequestError("forbidden", "this API key is not an admin's: its stanza in the key file needs admin = true")
+
+
+def needs_no_key(local: bool, method: str, media_type: bytes | None, origin: bytes | None) -> bool:
+    """Whether this machine itself asks, and not a page in its browser: it may look and flush without a key.
+
+    ``local``: a loopback address, no proxy's header, and a loopback name as Host, so that neither a proxy's clients nor
+    a page whose name was made to point here (DNS rebinding) pass for it. Any page can send a write anywhere, but none
+    with JSON's media type unless it is allowed to beforehand, and that is never said here (Fetch standard: a "simple"
+    request needs no leave); and a browser names the page in Origin. What a look answers no foreign page can read.
+    """
+    if not local or method in ("GET", "HEAD"):
+        return local
+    return origin is None and (media_type or b"").partition(b";")[0].strip().lower() == b"application/json"
 
 
 def look(driver: GatewayDriver, query: bytes) -> bytes:

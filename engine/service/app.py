@@ -7,19 +7,17 @@ of models.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.routing import Router
 
 from engine.config import Scenario
 from engine.errors import RequestError
-from engine.events import Answer, Reject
-from engine.policy.limiter import OF_SCOPE, Limiter
-from engine.service.admin import check_admin, flush, look
+from engine.events import Answer, Charged, Reject
+from engine.service.admin import check_admin, flush, look, needs_no_key
 from engine.service.auth import KeyRing
 from engine.service.completions import (
     TextWording,
@@ -89,9 +87,8 @@ class App:
         self.metrics, self.encoder = metrics, encoder
         self._classes, self._limits = scenario.classes, scenario.ingress
         self._upstreams = bool(scenario.upstreams)
-        self._encoder_limits = Limiter(scenario.limiter, keyring.tenants)  # the gateway never hears of embeddings
         self._memo = Memo()
-        self._in_flight = 0
+        self._rooms = _Room()
         self._created = int(time.time())
         self.status: StatusMaker | None = None
         self._pages = None if metrics is None else self._make_pages(scenario, metrics)
@@ -117,7 +114,7 @@ class App:
     @property
     def in_flight(self) -> int:
         """Requests with a good key whose response is not over: reading, waiting or being sent."""
-        return self._in_flight
+        return self._rooms.taken
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """One request."""
@@ -196,9 +193,19 @@ class App:
         if not exchange.is_local:
             check_admin(self._keyring, self._keyring.authenticate(exchange.header(b"authorization")))
 
+    def _check_admin(self, exchange: Exchange) -> None:
+        """As for operators, but who shows a key is judged by it, and a write must be nobody's page's."""
+        key, kind = exchange.header(b"authorization"), exchange.header(b"content-type")
+        if key is None and exchange.is_local:
+            if needs_no_key(True, exchange.method, kind, exchange.header(b"origin")):
+                return
+            why = "no API key: a write without one is taken from this machine only, as application/json, of no web page"
+            raise RequestError("unauthorized", why)
+        check_admin(self._keyring, self._keyring.authenticate(key))
+
     async def _cache(self, exchange: Exchange) -> None:
         """Needs no room: a changed price must get through a rush."""
-        check_admin(self._keyring, self._keyring.authenticate(exchange.header(b"authorization")))
+        self._check_admin(exchange)
         if exchange.method == "POST":
             body = await exchange.body(self._limits.max_body_bytes)
             return await exchange.whole(200, flush(self._driver, self._keyring, body), [])
@@ -262,7 +269,8 @@ class App:
             raise RequestError("invalid_request", why, "logprobs")
 
     async def _embed(self, exchange: Exchange) -> None:
-        """Straight to the encoder: no class, no cache, no overload level; the tenant's limit holds here too."""
+        """Straight to the encoder: no class, no cache, no overload level. Its limits are those of every request, out of
+        one account: tenant's, user's, everybody's."""
         tenant = self._keyring.authenticate(exchange.header(b"authorization"))
         with self._room():
             if self.draining:
@@ -272,26 +280,21 @@ class App:
                 raise RequestError("not_found", "no encoder runs here, so there are no embeddings", "model")
             check_model(ask.model, ENCODER_MODEL)
             tokens = sum(map(self._facts.count, ask.texts))
-            verdict = self._encoder_limits.take(self._driver.now_ns(), tenant, tokens)
-            if not verdict.ok:
-                error = refusal(Reject(-1, OF_SCOPE.get(verdict.scope, "rate_limited"), 0, verdict.retry_after_ns))
+            charged = self._driver.charge(exchange.request_id, tenant, ask.user or "", tokens)
+            if charged.code:
+                error = refusal(charged)
                 self._count(error)
-                return await exchange.refuse(error, verdict.retry_after_ns)
+                return await exchange.refuse(error, charged.retry_after_ns)
             texts = [(self._facts.text_key(tenant, text), text.strip()) for text in ask.texts]
             vectors = await vectors_of(self.encoder, texts, ENCODE_WITHIN_S)
             data = embedding_list(vectors, ask.encoding_format, ENCODER_MODEL, tokens)
             return await exchange.whole(200, data, [])
 
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
+    def _room(self) -> _Room:
         """A place for one more request while it is read, waits and is sent."""
-        if self._in_flight >= self._limits.max_in_flight:
-            raise RequestError("overloaded", f"{self._in_flight} requests are being served already")
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
+        if self._rooms.taken >= self._limits.max_in_flight:
+            raise RequestError("overloaded", f"{self._rooms.taken} requests are being served already")
+        return self._rooms
 
     def _class_of(self, exchange: Exchange, tenant: str) -> str:
         asked = exchange.header(b"x-doorbuster-class")
@@ -304,6 +307,11 @@ class App:
         words = wording(
             wording.prefix + exchange.request_id, int(time.time()), self._model, facts.prompt_tokens, ask.wants_usage
         )
+        if isinstance(stream.end, Answer) and not ask.stream:  # out of a cache: all of it is there
+            headers = [(b"x-doorbuster-tier", stream.tier.encode()), (b"x-doorbuster-level", b"%d" % level)]
+            headers += provenance(stream.end)
+            await exchange.whole(200, words.whole(stream.take(), stream), headers)
+            return
         async with Listener(stream, exchange.receive, self._driver.cancel) as listener:
             piece = await listener.read()  # the status depends on whether there is any
             if not ask.stream:
@@ -327,13 +335,25 @@ class App:
                 await exchange.whole(200, words.whole(piece, stream), headers)
 
 
+class _Room:
+    """Entered by each request with a good key, all at once."""
+
+    taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.taken -= 1
+
+
 def check_model(asked: str, *names: str) -> None:
     """RequestError "not_found" for any other name."""
     if asked not in names:
         raise RequestError("not_found", f"no such model here; ask for {' or '.join(dict.fromkeys(names))}", "model")
 
 
-def refusal(end: Reject) -> RequestError:
+def refusal(end: Reject | Charged) -> RequestError:
     """A machine's code in words."""
     if end.code == "rate_limited" and end.retry_after_ns is None:
         return RequestError(end.code, "this request alone is more than this API key's burst: it can never pass")

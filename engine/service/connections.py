@@ -1,7 +1,8 @@
 """All connections of one ingress: how many, from where, and who is late.
 
 One coarse timer looks at all connections instead of one timer for each: to set a deadline is to set an attribute. What
-is late is seen up to a tenth of the shortest deadline later, at most a second.
+is late is seen up to a tenth of the shortest deadline later, at most a second; of many who are late at once a few are
+dealt with at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import resource
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from engine.ingress_config import IngressConfig
 SPARE_FILES = 256  # open files that are no client's: journals, replicas, Python's own
 FOREVER = float("inf")
 MOST_PERIOD_S = 1.0
+AT_ONCE, PAUSE_S = 20, 0.002  # thousands may be late at one moment; everybody else would wait for the last of them
 
 
 class Connection(Protocol):
@@ -46,6 +48,7 @@ class Connections:
         shortest_ms = min(limits.header_ms, limits.keep_alive_ms, limits.write_stall_ms)
         self._period_s = min(MOST_PERIOD_S, shortest_ms / 10_000)
         self._all: set[Connection] = set()
+        self._late: deque[Connection] = deque()  # found by the last look
         self._timer: asyncio.TimerHandle | None = None
 
     def __iter__(self) -> Iterator[Connection]:
@@ -81,10 +84,14 @@ class Connections:
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now_s = loop.time()
-        for connection in [c for c in self._all if c.deadline_s <= now_s or c.stalled_s <= now_s]:
-            connection.overdue(now_s)
-        if self._all:
-            self._timer = loop.call_later(self._period_s, self._look, loop)
+        if not self._late:
+            self._late.extend(c for c in self._all if c.deadline_s <= now_s or c.stalled_s <= now_s)
+        for _ in range(min(AT_ONCE, len(self._late))):
+            late = self._late.popleft()
+            if late in self._all and min(late.deadline_s, late.stalled_s) <= now_s:
+                late.overdue(now_s)
+        if self._all or self._late:
+            self._timer = loop.call_later(PAUSE_S if self._late else self._period_s, self._look, loop)
 
 
 def allow_many_files() -> None:

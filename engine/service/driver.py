@@ -17,8 +17,10 @@ from engine.events import (
     Arrive,
     Attach,
     Cancel,
+    Charged,
     Drain,
     DropAnswer,
+    DropPlace,
     DropVector,
     Ended,
     FindSimilar,
@@ -48,6 +50,7 @@ from engine.model.tokenizer import Detokenizer
 from engine.model.wire import Output, Said, ToReplica, Work
 from engine.policy.gateway import Gateway
 from engine.service.alarm import Alarm
+from engine.service.charges import charge_of
 from engine.service.similar import FRESH, Done, PackedVectors, SimilarQuestions
 from engine.service.stops import cut
 from engine.service.stream import ClientStream, StoredAnswer, Tape
@@ -127,6 +130,7 @@ class GatewayDriver:
             ms_to_ns(machine.config.semantic.deadline_ms), self.deliver, dims,
             machine.config.semantic.vectors,
         )
+        self._charged: dict[int, Charged] = {}  # until ``charge`` returns
         self._streams: dict[int, ClientStream] = {}
         self._tapes: dict[int, Tape] = {}
         self._replica_of: dict[int, int] = {}  # sid -> where it is computed
@@ -140,7 +144,9 @@ class GatewayDriver:
 
     def now_ns(self) -> int:
         """The machine's clock: never decreasing."""
-        self._last_ns = max(self._last_ns, self._clock_ns())
+        now_ns = self._clock_ns()
+        if now_ns > self._last_ns:
+            self._last_ns = now_ns
         return self._last_ns
 
     def next_rid(self) -> int:
@@ -160,6 +166,12 @@ class GatewayDriver:
         self._payloads[ask.rid] = Payload(prompt, params, question, said)
         self.deliver(ask)
         return stream
+
+    def charge(self, request_id: str, tenant: str, user: str, tokens: int) -> Charged:
+        """Work beside the machine, out of the same limits: may it begin? Not from within an event's carrying out."""
+        rid = self.next_rid()
+        self.deliver(charge_of(self._hasher, rid, request_id, tenant, user, tokens))
+        return self._charged.pop(rid)
 
     def cancel(self, rid: int) -> None:
         """The client has gone; unknown ids are no-ops."""
@@ -292,6 +304,11 @@ class GatewayDriver:
 
     def _carry_out(self, action: GatewayAction) -> None:
         match action:
+            case Answer() | Reject():
+                self._end(action)
+            case Record(record=record):
+                if self._ledger is not None:
+                    self._ledger(record)
             case Submit(sid=sid, rid=rid):
                 payload = self._held.get(rid) or self._payloads[rid]
                 tape = self._tapes[sid] = Tape(self._detokenizer(), payload.params.stop)
@@ -309,10 +326,10 @@ class GatewayDriver:
                 if len(self._questions) > FRESH:
                     self._questions.popitem(last=False)
                 self._similar.carry_out(action)
-            case StoreVector() | DropVector():
+            case StoreVector() | DropVector() | DropPlace():
                 self._similar.carry_out(action)
-            case Answer() | Reject():
-                self._end(action)
+            case Charged(rid=rid):
+                self._charged[rid] = action
             case StoreAnswer(answer_id=answer_id, sid=sid):
                 tape = self._tapes[sid]
                 self._answers[answer_id] = StoredAnswer(tape.text, tape.tokens, tape.reason)
@@ -325,9 +342,6 @@ class GatewayDriver:
                 self._held[rid] = self._payloads[rid]
             case Release(rid=rid):
                 del self._held[rid]
-            case Record(record=record):
-                if self._ledger is not None:
-                    self._ledger(record)
 
     def _encode(self, text_key: bytes, within_ns: int, done: Done) -> Any:
         question = self._questions.get(text_key)
@@ -350,9 +364,9 @@ class GatewayDriver:
     def _end(self, end: Answer | Reject) -> None:
         stream = self._streams[end.rid]
         if isinstance(end, Answer) and end.tier not in ("model", "coalesced"):
-            answer = self._answers[end.answer_id]
+            answer, stops = self._answers[end.answer_id], self._payloads[end.rid].params.stop
             stream.reason = answer.reason
-            stream.push(cut(answer.text, self._payloads[end.rid].params.stop), answer.tokens)
+            stream.push(cut(answer.text, stops) if stops else answer.text, answer.tokens)
         stream.finish(end)
         self._forget(end.rid)
 

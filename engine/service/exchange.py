@@ -36,9 +36,9 @@ class Exchange:
         self.query: bytes = scope.get("query_string", b"")
         self._scope, self.receive, self.send, self.arrived_ns = scope, receive, send, arrived_ns
         self._fields: list[tuple[bytes, bytes]] = scope["headers"]
-        self._values: dict[bytes, bytes] = {}
-        for name, value in self._fields:
-            self._values[name] = self._values[name] + b", " + value if name in self._values else value
+        self._values = dict(self._fields)
+        if len(self._values) < len(self._fields):
+            self._values = _listed(self._fields)
         self._client: tuple[str, int] | None = scope.get("client")
         given = self.header(b"x-request-id")
         own = given is None or not REQUEST_ID.fullmatch(given)
@@ -91,15 +91,13 @@ class Exchange:
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Status line and headers."""
         headers.append((b"x-request-id", self.request_id.encode()))
-        if self._rest_is_too_much():
+        if not self._all_read and self._rest_is_too_much():
             headers.append((b"connection", b"close"))
         self.started = True
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     def _rest_is_too_much(self) -> bool:
         """Whether the server should hang up rather than pass over the rest of the body to find the next request."""
-        if self._all_read:
-            return False
         if self.header(b"transfer-encoding") or self.header(b"expect"):
             return True  # it may never end, or never come
         declared = self.header(b"content-length") or b"0"
@@ -141,6 +139,13 @@ class Exchange:
             await self.send({"type": "http.response.body", "body": event(body), "more_body": False})
         else:
             await self.whole(500, encode_json(body), [])
+
+
+def _listed(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    values: dict[bytes, bytes] = {}
+    for name, value in fields:
+        values[name] = values[name] + b", " + value if name in values else value
+    return values
 
 
 def _too_large(most_bytes: int) -> RequestError:

@@ -18,6 +18,7 @@ from engine.model.textmarks import marks_of
 from engine.model.tokenizer import Tokenizer
 from engine.model.wire import Said
 from engine.scenario import data_path
+from engine.service.charges import asker_of, draw_of
 
 Messages = list[dict[str, str]]
 
@@ -86,7 +87,8 @@ class FactMaker:
             text_key=self.text_key(tenant, question) if question else b"", blocks=self._blocks(tenant, prompt),
             pinned_blocks=shared_tokens // self._hasher.block_tokens if self._classes[traffic_class].pinned else 0,
             marks=marks_of(question, self._hasher) if question and traffic_class in self._similar else TextMarks(),
-            draw=self._draw(tenant, request_id), asker=self._asker(tenant, asker), tags=tags, attempt=attempt,
+            draw=draw_of(self._hasher, tenant, request_id), asker=asker_of(self._hasher, tenant, asker), tags=tags,
+            attempt=attempt,
         )
         return facts, prompt
 
@@ -117,14 +119,14 @@ class FactMaker:
             rid=rid, request_id=request_id, tenant=tenant, traffic_class=traffic_class, arrived_ns=arrived_ns,
             prompt_tokens=len(prompt), max_tokens=most,
             exact_key=self._exact_key(_tagged("exact-bare", tags), tenant, traffic_class, params, most, text),
-            blocks=self._blocks(tenant, prompt), draw=self._draw(tenant, request_id),
-            asker=self._asker(tenant, asker), tags=tags, attempt=attempt,
+            blocks=self._blocks(tenant, prompt), draw=draw_of(self._hasher, tenant, request_id),
+            asker=asker_of(self._hasher, tenant, asker), tags=tags, attempt=attempt,
         )
         return facts, prompt
 
     def again(self, facts: Arrive, rid: int, request_id: str, arrived_ns: int, attempt: int = 0) -> Arrive:
         """What ``arrive`` or ``complete`` would say of the same request under another name, without reading it."""
-        draw = self._draw(facts.tenant, request_id)
+        draw = draw_of(self._hasher, facts.tenant, request_id)
         return msgspec.structs.replace(
             facts, rid=rid, request_id=request_id, arrived_ns=arrived_ns, draw=draw, attempt=attempt
         )
@@ -146,13 +148,6 @@ class FactMaker:
     def count(self, text: str) -> int:
         """Model tokens of a text."""
         return len(self._tokenizer.encode(text))
-
-    def _draw(self, tenant: str, request_id: str) -> int:
-        """Uniform in [0, 2**62): only who has the run's key can tell it from a request's name."""
-        return int.from_bytes(self._hasher.digest("draw", tenant, request_id)[:8], "little") >> 2
-
-    def _asker(self, tenant: str, asker: str) -> bytes:
-        return self._hasher.digest("asker", tenant, asker) if asker else b""
 
     def _blocks(self, tenant: str, prompt: list[int]) -> tuple[bytes, ...]:
         return self._hasher.chain(self._hasher.root(tenant, self._model), prompt)

@@ -67,11 +67,11 @@ OPERATIONS = (
     ),
     Operation(
         "/admin/cache", READ, "lookIntoCaches", "What the response caches hold.", (*ANY, *OPERATOR),
-        answer="CachePage", takes_limit=True,
+        open_to="operators", answer="CachePage", takes_limit=True,
     ),
     Operation(
-        "/admin/cache", ("POST",), "flushCaches", "Call answers off.", (*ANY, *OPERATOR, *BODY), body="Flush",
-        answer="Left",
+        "/admin/cache", ("POST",), "flushCaches", "Call answers off.", (*ANY, *OPERATOR, *BODY), open_to="operators",
+        body="Flush", answer="Left",
     ),
     Operation(
         "/", READ, "statusPage", "How it goes, for people: load, level, tiers, replicas, latencies.",

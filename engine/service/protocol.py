@@ -9,10 +9,12 @@ is closed, so that nothing that follows what was refused is ever taken for a req
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -20,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from engine.errors import RequestError
 from engine.service.connections import FOREVER, Connections
+from engine.service.cycle import Cycle
 from engine.service.exchange import LINGER_BYTES
 from engine.service.openai import encode_json, error_object
 from engine.service.writing import TickWriter
@@ -36,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(**given)
         self._door, self._limits = connections, connections.limits
         self._max_header_bytes, self._max_headers = self._limits.max_header_bytes, self._limits.max_headers
+        self._time_s = self.loop.time
         self.address = ""  # under which it is counted
         self.deadline_s = self.stalled_s = FOREVER
         self._active: RequestResponseCycle | None = None  # whose response is due; ``cycle`` is the newest
@@ -85,19 +89,33 @@ class GuardedProtocol(HttpToolsProtocol):
             self.deadline_s = now_s + self._limits.header_ms / 1000  # it is us who do not listen
         elif self._in_head:
             within = f"{self._limits.header_ms / 1000:g} s"
-            self._refuse(RequestError("headers_too_slow", f"the request's head was not here within {within}"))
+            self._too_slow(RequestError("headers_too_slow", f"the request's head was not here within {within}"))
         elif self._in_message and not self.cycle.response_complete:
             within = f"{self._limits.receipt_ms / 1000:g} s"
-            self._refuse(RequestError("body_too_slow", f"the body was not here within {within}"))
+            self._too_slow(RequestError("body_too_slow", f"the body was not here within {within}"))
         else:
             self._close()
+
+    def _too_slow(self, error: RequestError) -> None:
+        """What is not here in time is not answered; what was asked before it, and is being answered, is."""
+        due = self._active
+        if due is None or due.response_complete or (due is self.cycle and not self._in_head):
+            return self._refuse(error)
+        self._door.refused(error.code)
+        if not self._in_head:  # the newest that waits is the one whose body is missing
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else due
+        self._hear_no_more()
+        self._in_head = self._in_message = False
+        self.deadline_s = FOREVER
+        return None
 
     def _close(self) -> None:
         self.transport.close()
         self.deadline_s = self._in_s(self._limits.write_stall_ms)  # for what is still to be sent
 
     def _in_s(self, ms: int) -> float:
-        return self.loop.time() + ms / 1000
+        return self._time_s() + ms / 1000
 
     # ------------------------------------------------------------ bytes
 
@@ -114,7 +132,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
             self._check_fed()
         except httptools.HttpParserUpgrade:
-            self._stay()
+            self._hear_no_more()  # no other protocol is spoken here: the request is answered as what it is
         except httptools.HttpParserError:
             self._refuse(self._refusal or RequestError("invalid_request", "this is not HTTP/1.1 as it should be"))
         except RequestError as error:
@@ -127,8 +145,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._fed_bytes > FRAMING * self._limits.max_body_bytes + LINGER_BYTES:
             raise RequestError("body_too_large", f"the body is larger than {self._limits.max_body_bytes} bytes")
 
-    def _stay(self) -> None:
-        """No other protocol is spoken here: the request is answered as what it is, and was the last."""
+    def _hear_no_more(self) -> None:
+        """The last request that was understood is the last one on this connection."""
         self._deaf, self._fed_bytes = True, 0
         if self.cycle is not None:
             self.cycle.keep_alive = False
@@ -138,7 +156,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._door.refused(error.code)
         self._deaf, self._fed_bytes = True, 0
         cycle = self.cycle
-        if cycle is not None:
+        if cycle is not None and not (self._in_head and cycle.response_complete):
             own = self._in_message and not self._in_head  # it is this cycle's own body that is wrong
             if cycle.response_complete or not own or self.pipeline or cycle.response_started:
                 self.transport.abort()
@@ -154,14 +172,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """The first byte of a request line."""
-        super().on_message_begin()
+        self.url, self.headers = b"", []
         self._in_head = self._in_message = True
         self._head_bytes = self._head_fields = self._fed_bytes = 0
         self.deadline_s = self._in_s(self._limits.header_ms)
 
     def on_url(self, url: bytes) -> None:
         """A piece of the target."""
-        super().on_url(url)
+        self.url += url
         if len(self.url) > self._limits.max_url_bytes:
             raise self._found("uri_too_long", f"the URL is longer than {self._limits.max_url_bytes} bytes")
 
@@ -172,32 +190,52 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_bytes > self._max_header_bytes or self._head_fields > self._max_headers:
             raise self._head_too_large()
         if self._in_head:
-            name = name.lower()
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
-            self.headers.append((name, value))
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """The head is whole: the application hears of it, if it is unambiguous."""
         self._in_head = False
         try:
-            self._check_head()
-            super().on_headers_complete()
+            version, fields = self.parser.get_http_version(), dict(self.headers)
+            self._check_head(version, fields)
+            self._begin(version, fields.get(b"expect", b"").lower() == b"100-continue")
         except Exception:
             self._in_head = True  # no cycle is this message's
             raise
         self.deadline_s = self._in_s(self._limits.receipt_ms)
 
-    def _check_head(self) -> None:
-        version = self.parser.get_http_version()
+    def _begin(self, version: str, expects: bool) -> None:
+        """As uvicorn's own, but for what is never asked for here: other protocols, its limit on tasks."""
+        url, parser = httptools.parse_url(self.url), self.parser
+        path = url.path.decode("ascii")
+        scope: Any = {
+            "type": "http", "asgi": {"version": self.asgi_version, "spec_version": "2.3"}, "http_version": version,
+            "server": self.server, "client": self.client, "scheme": self.scheme, "root_path": "",
+            "method": parser.get_method().decode("ascii"), "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path, "query_string": url.query or b"", "headers": self.headers, "state": {},
+        }  # fmt: skip
+        before = self.cycle
+        self.cycle = cycle = Cycle(
+            scope, self.transport, self.flow, self.logger, self.access_logger, self.access_log,
+            self.server_state.default_headers, asyncio.Event(), expects,
+            version != "1.0" and parser.should_keep_alive(), self.on_response_complete,
+        )  # fmt: skip
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+
+    def _check_head(self, version: str, fields: dict[bytes, bytes]) -> None:
         if version not in ("1.1", "1.0"):
             raise self._found("invalid_request", "only HTTP/1.1 and 1.0 are spoken here")
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
+        host = fields.get(b"host")
+        twice = len(fields) < len(self.headers) and sum(name == b"host" for name, _ in self.headers) > 1
+        if twice or (host is None and version == "1.1"):
             raise self._found("invalid_request", "one Host header is wanted", "host")
-        if hosts:
-            self._check_host(hosts[0])
-        if version == "1.0" and any(name == b"transfer-encoding" for name, _ in self.headers):
+        if host is not None:
+            self._check_host(host)
+        if version == "1.0" and b"transfer-encoding" in fields:
             raise self._found("invalid_request", "HTTP/1.0 has no Transfer-Encoding", "transfer-encoding")
         if not self.url.startswith(b"/") and self.url != b"*":
             self._check_host(httptools.parse_url(self.url).host or b"")  # RFC 9112, 3.2.2: it takes Host's place
@@ -248,13 +286,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.deadline_s = self._in_s(self._limits.write_stall_ms)
             return
         self.flow.resume_reading()
+        if self._in_message:  # perhaps it was us who did not listen; or it is a body that nobody reads
+            self.deadline_s = self._in_s(self._limits.header_ms if self._in_head else self._limits.receipt_ms)
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        elif self._in_head:
-            self.deadline_s = self._in_s(self._limits.header_ms)
-        elif self._in_message:  # a body that nobody reads
-            self.deadline_s = self._in_s(self._limits.receipt_ms)
-        else:
+        elif not self._in_message:
             self._idle()
 
     def _idle(self) -> None:

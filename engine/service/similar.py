@@ -12,7 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from engine.events import DropVector, FindSimilar, Likeness, Neighbour, PlaceAnswer, Placed, Similar, StoreVector
+from engine.events import (
+    DropPlace,
+    DropVector,
+    FindSimilar,
+    Likeness,
+    Neighbour,
+    PlaceAnswer,
+    Placed,
+    Similar,
+    StoreVector,
+)
 from engine.model.index import Encoding, VectorIndex
 from engine.model.index_file import Packed
 from engine.units import S_NS
@@ -50,8 +60,8 @@ class SimilarQuestions:
         self._answer_keys: dict[str, dict[bytes, None]] = {}  # answer id -> the hard keys that it was compared under
         self._looks: dict[int, Any] = {}  # rid -> its wait for the encoder
 
-    def carry_out(self, action: FindSimilar | StoreVector | DropVector) -> None:
-        """One of the machine's three wishes."""
+    def carry_out(self, action: FindSimilar | StoreVector | DropVector | DropPlace) -> None:
+        """One of the machine's wishes."""
         match action:
             case FindSimilar():
                 self._look(action)
@@ -60,6 +70,8 @@ class SimilarQuestions:
             case DropVector():
                 self._awaited.discard((action.hard_key, action.text_key))
                 self._index.remove(action.hard_key, action.text_key)
+            case DropPlace():
+                self._drop_place(action.hard_key, action.answer_id)
 
     def place(self, action: PlaceAnswer, encode: Encode) -> None:
         """Compare an answer's text with the others under its hard key; ``encode`` knows it by the answer's id."""
@@ -77,10 +89,22 @@ class SimilarQuestions:
         likes = tuple(Likeness(key.decode(), cosine) for key, cosine in near)
         self._tell(Placed(hard_key, answer_id, likes, vector is not None))
 
+    def _drop_place(self, hard_key: bytes, answer_id: str) -> None:
+        self._answers.remove(hard_key, answer_id.encode())
+        if (keys := self._answer_keys.get(answer_id)) is not None:
+            keys.pop(hard_key, None)
+            if not keys:
+                del self._answer_keys[answer_id]
+
     def drop_answer(self, answer_id: str) -> None:
         """No other answer is compared with it any more; unknown ids are no-ops."""
         for hard_key in self._answer_keys.pop(answer_id, {}):
             self._answers.remove(hard_key, answer_id.encode())
+
+    @property
+    def places(self) -> int:
+        """Vectors of answers that others are compared with; one under two hard keys counts twice."""
+        return len(self._answers)
 
     def knows(self, hard_key: bytes, text_key: bytes) -> bool:
         """Whether there is a vector under these keys, by which the question can be found."""

@@ -37,6 +37,9 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
         return bool(self.text or self.logprobs)
 
 
+NOTHING = Piece()
+
+
 def joined(pieces: Iterable[Piece]) -> Piece:
     """All of them as one."""
     whole = list(pieces)
@@ -57,7 +60,7 @@ class ClientStream:
     reason: str = "stop"
     started: bool = False
     end: Answer | Reject | None = None
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event | None = None  # only for who waits: an answer out of a cache is there at once
 
     def push(self, text: str, tokens: int, logprobs: tuple[Logged, ...] = ()) -> None:
         """More text, and how many tokens it took."""
@@ -65,7 +68,8 @@ class ClientStream:
         self.output_tokens += tokens
         if text or logprobs:
             self.pieces.append(Piece(text, logprobs))
-        self._news.set()
+        if self._news is not None:
+            self._news.set()
 
     def finish(self, end: Answer | Reject) -> None:
         """Over."""
@@ -73,19 +77,23 @@ class ClientStream:
         self.level = end.level
         if isinstance(end, Answer):
             self.tier = end.tier
-        self._news.set()
+        if self._news is not None:
+            self._news.set()
 
     async def wait(self) -> None:
-        """Until there is text or an end."""
+        """Until there is text or an end, or a push of nothing."""
+        if self._news is None:
+            self._news = asyncio.Event()
+            if self.pieces or self.end is not None:
+                self._news.set()
         await self._news.wait()
 
     def take(self) -> Piece:
         """All that has come since the last call."""
-        piece = self.pieces[0] if len(self.pieces) == 1 else joined(self.pieces)
-        self.pieces.clear()
-        if self.end is None:
+        pieces, self.pieces = self.pieces, []
+        if self._news is not None and self.end is None:
             self._news.clear()
-        return piece
+        return pieces[0] if len(pieces) == 1 else joined(pieces) if pieces else NOTHING
 
 
 class StoredAnswer(msgspec.Struct, frozen=True, gc=False):

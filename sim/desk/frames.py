@@ -7,8 +7,10 @@ the client's own view is known (open loop: a late sender must not hide queueing)
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -111,8 +113,53 @@ def read_run(folder: Path) -> Run:
     table = pq.read_table(path)
     meta = table.schema.metadata or {}
     start_ns, duration_ns = int(meta.get(START_KEY, 0)), int(meta.get(DURATION_KEY, 0))
-    records = _read_records(folder / RECORDS)
-    return Run(_typed(table.to_pandas()), level_frame(records, duration_ns, start_ns), records, start_ns, duration_ns)
+    workers = _lives(folder) or [[]]
+    levels = highest([level_frame(_one_life(lives), duration_ns, start_ns) for lives in workers])
+    records = _merged(list(chain.from_iterable(workers)))
+    return Run(_typed(table.to_pandas()), levels, records, start_ns, duration_ns)
+
+
+def read_records(folder: Path) -> list[LedgerRecord]:
+    """All that the gateways of a run folder wrote, one or several (``--workers``), by the instant of writing."""
+    return _merged(list(chain.from_iterable(_lives(folder))))
+
+
+def highest(levels: list[pd.DataFrame]) -> pd.DataFrame:
+    """Several gateways' level frames as one: each has a level of its own, and the highest of them is the run's."""
+    if len(levels) == 1:
+        return levels[0]
+    steps = [frame.groupby("at_ns")["level"].last().rename(n) for n, frame in enumerate(levels)]
+    at = pd.concat(steps, axis=1).sort_index().ffill().max(axis=1).astype("int64")
+    changed = at.ne(at.shift())
+    changed.iloc[-1] = True
+    return at[changed].rename("level").rename_axis("at_ns").reset_index().astype("int64")
+
+
+def _lives(folder: Path) -> list[list[list[LedgerRecord]]]:
+    """By worker, in order of its lives: ``records.ndjson``, or ``records-K.ndjson`` and ``records-K-life-N.ndjson``."""
+    workers: dict[str, list[tuple[int, Path]]] = {}
+    for path in (folder / RECORDS).parent.glob("records*.ndjson"):
+        worker, _, life = path.stem.partition("-life-")
+        workers.setdefault(worker, []).append((int(life or 1), path))
+    return [[_read_records(path) for _, path in sorted(workers[name])] for name in sorted(workers)]
+
+
+def _one_life(lives: list[list[LedgerRecord]]) -> list[LedgerRecord]:
+    """A gateway that is started anew begins at level 0, and says nothing of that."""
+    out: list[LedgerRecord] = []
+    for records in lives:
+        if out:
+            out.append(LevelRecord(_written_ns(out[-1]), 0))
+        out += records
+    return out
+
+
+def _merged(files: list[list[LedgerRecord]]) -> list[LedgerRecord]:
+    return list(heapq.merge(*files, key=_written_ns))
+
+
+def _written_ns(record: LedgerRecord) -> int:
+    return record.arrived_ns + record.e2e_ns if isinstance(record, RequestRecord) else record.at_ns
 
 
 def _read_records(path: Path) -> list[LedgerRecord]:

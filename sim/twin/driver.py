@@ -18,7 +18,10 @@ from engine.events import (
     Answer,
     Arrive,
     Cancel,
+    Charge,
+    Charged,
     DropAnswer,
+    DropPlace,
     DropVector,
     Ended,
     FindSimilar,
@@ -102,13 +105,13 @@ class GatewaySim:
         env: simpy.Environment,
         machine: Gateway,
         lags: Lags,
-        answer_of: Callable[[int], tuple[str, int]],
+        answer_of: Callable[[int, int], tuple[str, int]],
         journal: JournalWriter | None = None,
         check: bool = False,
         encoder: EncoderServer | None = None,
         dims: int = 384,
     ) -> None:
-        """``answer_of(rid)``: id and bytes of the text that a request's computation would give."""
+        """``answer_of(rid, output_tokens)``: id and bytes of the text that a request's computation would give."""
         self.env, self.machine, self._lags, self._answer_of = env, machine, lags, answer_of
         self._encoder = encoder
         self._similar = SimilarQuestions(
@@ -119,6 +122,7 @@ class GatewaySim:
         self.replicas: list[ReplicaSim] = []
         self.records: list[LedgerRecord] = []
         self.answers: list[Answer | Reject] = []
+        self.charged: list[Charged] = []
         self._submits: dict[int, Submit] = {}
         self._waiting: dict[int, None] = {}  # clients without an answer
         self._inbox: deque[GatewayEvent] = deque()
@@ -129,6 +133,10 @@ class GatewaySim:
         """A request has come."""
         self._waiting[ask.rid] = None
         self.tell(ask)
+
+    def charge(self, asked: Charge) -> None:
+        """Work beside the machines is to be paid for."""
+        self.tell(asked)
 
     def give_up(self, rid: int) -> None:
         """The client has lost patience, if it still waits."""
@@ -160,7 +168,7 @@ class GatewaySim:
         rid = self._submits.pop(event.sid).rid
         if event.reason not in ("stop", "length"):
             return event
-        answer_id, answer_bytes = self._answer_of(rid)
+        answer_id, answer_bytes = self._answer_of(rid, event.output_tokens)
         return Ended(
             event.sid, event.reason, event.computed_tokens, event.cached_tokens, event.output_tokens, event.queue_ns,
             event.preemptions, answer_id=answer_id, answer_bytes=answer_bytes,
@@ -173,12 +181,14 @@ class GatewaySim:
                 self._send(action.replica, action)
             case Abort(sid=sid):
                 self._send(self._submits[sid].replica, action)
-            case FindSimilar() | StoreVector() | DropVector():
+            case FindSimilar() | StoreVector() | DropVector() | DropPlace():
                 self._similar.carry_out(action)
             case PlaceAnswer():
                 self._similar.place(action, self._encode_answer)
             case DropAnswer(answer_id=answer_id):
                 self._similar.drop_answer(answer_id)
+            case Charged():
+                self.charged.append(action)
             case Answer(rid=rid) | Reject(rid=rid):
                 self._forget(rid)
                 self.answers.append(action)

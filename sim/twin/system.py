@@ -6,6 +6,7 @@ live run. ``SimPy`` users can hand in their own environment and put a doorbuster
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ import numpy as np
 import simpy
 
 from engine.config import Scenario, TenantConfig, gateway_config, replica_config
-from engine.events import Answer, Arrive, BreakerRecord, LevelRecord, Reject, RequestRecord
+from engine.events import Answer, Arrive, BreakerRecord, Charge, LevelRecord, Reject, RequestRecord
 from engine.ledger.journal import JournalWriter
 from engine.model.blockhash import Hasher
 from engine.model.counting import CountingRunner
@@ -35,6 +36,7 @@ class TwinArrival(msgspec.Struct, frozen=True, gc=False):
     answer_id: str
     answer_bytes: int
     gives_up_ns: int | None = None  # instant at which a client without an answer goes away
+    short: tuple[str, int] | None = None  # id and bytes of its answer as its class's brown-out cap leaves it, if known
 
 
 class TwinRun(msgspec.Struct, frozen=True):
@@ -65,11 +67,12 @@ class TwinSystem:
         encoder: EncoderCost | None = None,
         vectors: dict[bytes, np.ndarray] | None = None,
         fails: Fails = never,
+        charges: Sequence[tuple[int, Charge]] = (),
     ) -> None:
         """``folder``: journals are written to its ``journal/``. ``check``: invariants after every event (slow).
 
         ``vectors``: of the questions, by text key; with ``encoder`` they make the semantic tier. ``fails``: steps that
-        raise, for drills.
+        raise, for drills. ``charges``: what is asked for beside the machines, and when.
         """
         self.env = env if env is not None else simpy.Environment(0)
         self._emit_ns = lags.emit_ns
@@ -103,6 +106,11 @@ class TwinSystem:
         ]
         for arrival in arrivals:
             self._schedule(arrival, lags.admit_ns)
+        for charged_ns, asked in charges:
+            self._charge(charged_ns + lags.admit_ns, asked)
+
+    def _charge(self, charged_ns: int, asked: Charge) -> None:
+        at(self.env, Rank.ARRIVE, charged_ns - now_ns(self.env), lambda: self.gateway.charge(asked))
 
     def _schedule(self, arrival: TwinArrival, admit_ns: int) -> None:
         ask, start_ns = arrival.ask, now_ns(self.env)
@@ -110,8 +118,10 @@ class TwinSystem:
         if arrival.gives_up_ns is not None:
             at(self.env, Rank.ARRIVE, arrival.gives_up_ns - start_ns, lambda: self.gateway.give_up(ask.rid))
 
-    def _answer_of(self, rid: int) -> tuple[str, int]:
+    def _answer_of(self, rid: int, output_tokens: int) -> tuple[str, int]:
         arrival = self._by_rid[rid]
+        if arrival.short is not None and output_tokens < arrival.output_tokens:
+            return arrival.short
         return arrival.answer_id, arrival.answer_bytes
 
     def _at_the_client(self, record: RequestRecord) -> RequestRecord:

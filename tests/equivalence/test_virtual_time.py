@@ -28,7 +28,7 @@ from engine.config import (
     gateway_config,
     replica_config,
 )
-from engine.events import Arrive
+from engine.events import Arrive, Charged, Ended, StoreAnswer, Submit
 from engine.ledger.journal import GatewayEntry, JournalWriter, ReplicaEntry, open_journal
 from engine.model.blockhash import Hasher
 from engine.model.fake import FakeRunner
@@ -38,6 +38,7 @@ from engine.model.tokenizer import Detokenizer
 from engine.model.worker import ReplicaDriver
 from engine.policy.gateway import Gateway
 from engine.policy.replica import Replica
+from engine.service.charges import charge_of
 from engine.service.driver import GatewayDriver
 from engine.stepcost import StepCost
 from engine.units import MS_NS, S_NS
@@ -50,6 +51,7 @@ from tests.equivalence.virtual import InProcessReplica, Links, VirtualEncoder, V
 ENCODER = EncoderCost(fixed_ns=31_000_003, text_ns=9_000_011, max_batch=4)
 DIMS = 8
 STEP_MS = 110
+SHORT_TOKENS = 16  # tips in a brown-out
 COST = StepCost(
     fixed_ns=21_000_017, prefill_token_ns=1_900_003, prefill_row_ns=500_009, decode_row_ns=2_500_001,
     decode_kv_ns=4_001, area_ns=301,
@@ -57,8 +59,8 @@ COST = StepCost(
 TENANTS = {"shop": TenantConfig(weight=3.0), "greedy": TenantConfig(rate_rps=1.0, burst=3.0, tokens_per_s=400.0)}
 
 
-def scenario(replicas: int = 1) -> Scenario:
-    """Small enough for shortage everywhere: slots, blocks, answers, patience."""
+def scenario(replicas: int = 1, door: bool = False) -> Scenario:
+    """Small enough for shortage everywhere: slots, blocks, answers, patience. ``door``: and shorter answers then."""
     return Scenario(
         name="tight",
         replicas=replicas,
@@ -68,7 +70,8 @@ def scenario(replicas: int = 1) -> Scenario:
             ),
             "help": ClassConfig("standard", slo_ttft_ms=3000, max_tokens=24, timeout_ms=9000, caches="semantic"),
             "tips": ClassConfig(
-                "sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt", caches="semantic"
+                "sheddable", slo_ttft_ms=1500, max_tokens=24, fallback="popular.txt", caches="semantic",
+                brownout_max_tokens=SHORT_TOKENS * door,
             ),
         },
         batcher=BatcherConfig(
@@ -78,7 +81,7 @@ def scenario(replicas: int = 1) -> Scenario:
         prefix=PrefixConfig(block_tokens=16, blocks=64, pinned_blocks=8),
         exact=ExactConfig(ttl_s=4.0, stale_s=10.0, max_mib=0.002, revalidate_s=2.0 * (replicas > 1)),
         limiter=LimiterConfig(rate_rps=500, burst=500, user_rps=1.0, user_burst_s=4.0),
-        overload=OverloadConfig(quiet_windows=3),
+        overload=OverloadConfig(hold_ms=750, degraded_share=0.35),
         retry=RetryConfig(budget_most=1),
         semantic=SemanticConfig(
             deadline_ms=45, cosine=0.97, approximate_cosine=0.9, ttl_s=4.0, stale_s=10.0, max_entries=30,
@@ -126,9 +129,17 @@ def workload(hasher: Hasher, seed: int) -> list[tuple[Arrive, list[int], list[in
         answer = said[: cls.max_tokens]
         text = decode(answer).encode()
         gives_up_ns = ask.arrived_ns + round(rng.exponential(2.0) * S_NS) if rid % 9 == 0 else None
-        arrival = TwinArrival(ask, len(answer), hasher.digest("answer", text).hex(), len(text), gives_up_ns)
+        cut = decode(answer[:SHORT_TOKENS]).encode()
+        short = (hasher.digest("answer", cut).hex(), len(cut)) if name == "tips" else None
+        arrival = TwinArrival(ask, len(answer), hasher.digest("answer", text).hex(), len(text), gives_up_ns, short)
         out.append((ask, prompt, answer, arrival))
     return out
+
+
+def charges() -> list[tuple[int, str, str, str, int]]:
+    """Embeddings, at odd moments of the same twenty seconds, by those who ask for text too: when, name, who, tokens."""
+    who = (("shop", "0"), ("greedy", ""), ("shop", "1"), ("greedy", ""), ("shop", "2"), ("greedy", ""))
+    return [(n * 331_313_117 + 7, f"e{n}", *who[n % 6], 12 + n) for n in range(60)]
 
 
 def vectors(asks: list[Arrive]) -> dict[bytes, np.ndarray]:
@@ -142,11 +153,11 @@ def vectors(asks: list[Arrive]) -> dict[bytes, np.ndarray]:
     return out
 
 
-def run_live(folder: Path, seed: int, replicas: int) -> None:
+def run_live(folder: Path, seed: int, replicas: int, door: bool) -> None:
     hasher = Hasher(b"key", 16)
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
-    tight = scenario(replicas)
+    tight = scenario(replicas, door)
     config = gateway_config(tight, TENANTS)
     requests = workload(hasher, seed)
     answers = {tuple(prompt): answer for _, prompt, answer, _ in requests}
@@ -172,6 +183,8 @@ def run_live(folder: Path, seed: int, replicas: int) -> None:
             loop.call_at(ask.arrived_ns / S_NS, gateway.arrive, ask, prompt, SamplingParams())
             if arrival.gives_up_ns is not None:
                 loop.call_at(arrival.gives_up_ns / S_NS, gateway.cancel, ask.rid)
+        for charged_ns, *asked in charges() if door else ():
+            loop.call_at(charged_ns / S_NS, gateway.charge, *asked)
         done = loop.create_future()
         loop.call_at(120.0, done.set_result, None)
         await done
@@ -186,13 +199,14 @@ def run_live(folder: Path, seed: int, replicas: int) -> None:
     loop.close()
 
 
-def run_twin(folder: Path, seed: int, replicas: int) -> None:
+def run_twin(folder: Path, seed: int, replicas: int, door: bool) -> None:
     hasher = Hasher(b"key", 16)
     arrivals = [arrival for *_, arrival in workload(hasher, seed)]
     known = vectors([arrival.ask for arrival in arrivals])
+    asked = [(ns, charge_of(hasher, n, *what)) for n, (ns, *what) in enumerate(charges())]
     TwinSystem(
-        scenario(replicas), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True, encoder=ENCODER, vectors=known,
-        fails=fails_at,
+        scenario(replicas, door), TENANTS, COST, Lags(), arrivals, hasher, folder, check=True, encoder=ENCODER,
+        vectors=known, fails=fails_at, charges=asked if door else (),
     ).run()
 
 
@@ -200,10 +214,10 @@ def lines(folder: Path, name: str) -> list[GatewayEntry | ReplicaEntry]:
     return list(open_journal(folder / "journal" / name).entries())
 
 
-def compare(folder: Path, seed: int, replicas: int) -> str:
+def compare(folder: Path, seed: int, replicas: int, door: bool = False) -> str:
     """Both ways into ``folder``, compared line by line; the gateway's journal."""
-    run_live(folder / "live", seed, replicas)
-    run_twin(folder / "twin", seed, replicas)
+    run_live(folder / "live", seed, replicas, door)
+    run_twin(folder / "twin", seed, replicas, door)
     for name in ("gateway-0.ndjson", *(f"replica-{n}.ndjson" for n in range(replicas))):
         live, twin = lines(folder / "live", name), lines(folder / "twin", name)
         for ours, theirs in zip(live, twin, strict=False):
@@ -228,6 +242,21 @@ def test_live_drivers_and_twin_write_the_same_journal(tmp_path: Path, seed: int)
     longest_ns = max(COST.ns(step.shape) for step in steps if step.shape.prefill_tokens > 16)
     assert STEP_MS * MS_NS - COST.prefill_token_ns * 2 < longest_ns <= STEP_MS * MS_NS, "steps are cut to their time"
     assert '"preemptions":' in text, "the workload no longer preempts"
+
+
+@pytest.mark.parametrize("seed", [6, 7])
+def test_so_they_do_where_embeddings_are_paid_for_and_a_brown_out_cuts_answers_short(tmp_path: Path, seed: int) -> None:
+    compare(tmp_path, seed, 1, door=True)
+    entries = lines(tmp_path / "live", "gateway-0.ndjson")
+    charged = {a.code for entry in entries for a in entry.actions if isinstance(a, Charged)}
+    assert charged == {"", "rate_limited"}, "embeddings come out of the same account"
+    short = {a.sid for entry in entries for a in entry.actions
+             if isinstance(a, Submit) and a.max_tokens == SHORT_TOKENS}
+    ended = [e for e in entries if isinstance(e.event, Ended) and e.event.sid in short]
+    assert {e.event.reason for e in ended} >= {"stop", "length"}, "some had no more to say"  # type: ignore[union-attr]
+    for entry in ended:
+        stored = any(isinstance(action, StoreAnswer) for action in entry.actions)
+        assert not stored or entry.event.reason == "stop", "what was cut short is kept for nobody"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("seed", [4, 5])

@@ -1,7 +1,7 @@
 """Which share of the work is let in under overload, and who.
 
 invariant: mutation that it caught
-- one queue is cut for once: ages counted whoever was let in before the cut
+- one queue is cut for once: ages counted whoever was let in before the cut; sheddable work cut, a new beginning for all
 - lowest first: standard's share cut by sheddable work; sheddable let in below one; critical given a lot
 - a closed loop: growth while somebody waits long; no doubling when idle; a queue that will be late not cut again;
   cut by a fixed share whatever the model had time for; critical work taken for standard; told from one request
@@ -68,6 +68,15 @@ def test_waiting_sheddable_work_keeps_only_itself_out() -> None:
         admission.observe(now_ns, {"reco": now_ns - 500 * MS_NS})  # every third look, some of them came since the cut
     assert admission.share < STANDARD * 1.05 and admission.level == 2
     assert in_(admission, 1) == 1 and in_(admission, 2) <= 0.05
+
+
+def test_a_cut_of_sheddable_work_says_nothing_of_standard_work_that_waited_before_it() -> None:
+    admission = Admission(CONFIG, CLASSES)
+    for ms in (400, 800, 1199):  # some recommendation waits long, again and again
+        admission.observe(ms * MS_NS, {"reco": (ms - 400) * MS_NS, "chat": 0})
+    assert STANDARD < admission.share < ALL
+    admission.observe(1200 * MS_NS, {"chat": 0})
+    assert admission.share == STANDARD, "standard work was there all the time"
 
 
 def test_standard_work_that_waits_cuts_sheddable_work_first_and_then_itself() -> None:

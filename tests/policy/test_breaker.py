@@ -1,9 +1,23 @@
 """The breaker against a list of all that ever happened, and scripted scenes after resilience4j's own suite.
 
+The suite's checklist, and the scene that shows it:
+- rejects when open, counts it: rejects_when_open_and_says_when
+- opens on failures (two shapes), on slow calls (by the clock, by word): opens_on_the_share_of_failures, opens_on_slow_*
+- half-open after the wait, by attempt, by itself: rejects_when_open_*, the_open_time_doubles_*, lost_probes_*
+- half-open: only N, none when they are gone, a permit freed on release: a_thousand_callers_*, a_cancelled_probe_*
+- half-open: ignored is released, then closed: a_cancelled_probe_frees_its_permit_once, nothing_but_cancellations_*
+- back to open on failures, on slow calls; closed below both: half_open_opens_again_*, half_open_closes_below_*
+- longest wait in half-open, to open and to closed: lost_probes_*, one_lost_probe_*
+- metrics start anew; disabled: half_open_closes_below_the_shares_and_starts_anew, off_lets_everything_through_*
+- never from closed to half-open; no event for what is no change: the_table_is_closed_*
+- one transition however many report: opens_on_the_share_of_failures, results_of_an_earlier_epoch_*
+Not here because there is no such thing: forced open, metrics only, reset by hand, another initial state, a scheduler.
+
 invariant: mutation that it caught
 - window: one slot too few cleared; skipped seconds not cleared; seconds of the wrong length; totals that never fall;
   kept over a change; the closed kind in half-open; a call that failed late not slow as well
-- trips: no minimum, or above the window; `>` for `>=` (failures, slow); the other share's limit; slow never opens
+- trips: no minimum, or above the window; `>` for `>=` (failures, slow); the other share's limit; slow never opens;
+  shares rounded up
 - verdicts: hang is good; the word "slow" unheard; slow at the very limit; 0 = all slow; cancelled, or ignored, counted
 - permits: N + 1; all; an outcome frees one; a cancelled probe keeps its own; released twice; probes noted in the wrong
   state, or kept for the next half-open; refusals not counted
@@ -324,6 +338,16 @@ def test_opens_on_the_share_of_failures(verdicts: list[Verdict]) -> None:
     breaker = Breaker(PLAIN)
     calls(breaker, 0, *verdicts)
     assert breaker.transitions() == [Transition(0, "closed", "open", "failing")], "one transition, told once"
+
+
+@pytest.mark.parametrize("size", range(1, 31))
+def test_a_share_that_is_a_fraction_is_met_by_just_that_fraction(size: int) -> None:
+    for failures in range(1, size + 1):
+        config = but(window_size=size, minimum_calls=size, failure_share=failures / size)
+        for failed, state in ((failures - 1, "closed"), (failures, "open")):
+            breaker = Breaker(config)
+            calls(breaker, 0, *["ok"] * (size - failed), *["fail"] * failed)
+            assert breaker.state(0) == state, f"{failed} of {size} at {failures} of {size}"
 
 
 def test_low_volume_does_not_trip() -> None:

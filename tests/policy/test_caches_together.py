@@ -4,7 +4,8 @@ A plain driver carries out what the gateway says and keeps its own books: who wa
 are held, what may not be served any more. It knows nothing of how the gateway decides.
 
 Mutations it caught: the flight of a job that is given up not aborted; its seat kept; a vector dropped with its old text
-while the new one is on its way; one kept for nobody; one of those who wait for a replica forgotten.
+while the new one is on its way; one kept for nobody; one of those who wait for a replica forgotten; an answer's vector
+or group kept under a hard key that needs it no more, because another one does.
 
 Run: python -m pytest tests/policy/test_caches_together.py -q
 """
@@ -28,6 +29,7 @@ from engine.events import (
     Cancel,
     Drain,
     DropAnswer,
+    DropPlace,
     DropVector,
     Ended,
     EndReason,
@@ -59,7 +61,7 @@ from engine.policy.gateway import Gateway
 from engine.units import MS_NS, S_NS
 from tests.policy.worlds import digest_of, replayed_elsewhere
 
-STEPS = 12_000
+STEPS = 15_000
 REPLICAS = 2
 SHOP = {"caches": "semantic", "slo_ttft_ms": 3_000, "timeout_ms": 2_000}
 
@@ -78,7 +80,7 @@ def config(rule: str, identity: str, quarantine: int) -> GatewayConfig:
             ttl_s=2, stale_s=4, max_entries=30, coalesce=True, audit_share=0.3, same_answer_cosine=0.9,
             rule=rule, identity=identity, quarantine=quarantine,  # type: ignore[arg-type]
         ),
-        overload=OverloadConfig(window_ms=250, quiet_windows=1),
+        overload=OverloadConfig(window_ms=250, hold_ms=200),
         breaker=BreakerConfig(window="count", window_size=10, minimum_calls=8, open_ms=500),
     )
 
@@ -112,6 +114,7 @@ class Shop:
         self.texts: dict[str, int] = {}  # answer id -> what was called off by the time its flight began
         self.made: dict[str, int] = {}  # request id -> the same, of the last answer of it that was stored
         self.vectors: dict[tuple[bytes, bytes], None] = {}
+        self.wanted: dict[tuple[bytes, str], None] = {}  # to be compared with others, or being so
         self.placed: dict[bytes, dict[str, None]] = {}
         self.off: dict[str, int] = {"t": 0, "u": 0}  # tenant -> number of the last word that called off its answers
         self.words = 0
@@ -175,14 +178,16 @@ class Shop:
                 self.made[self.asks[flight.submit.rid].request_id] = flight.since
             case DropAnswer(answer_id=answer_id):
                 del self.texts[answer_id]
-                for answers in self.placed.values():
-                    answers.pop(answer_id, None)
             case StoreVector():
                 self.vectors[action.hard_key, action.text_key] = None
             case DropVector():
                 self.vectors.pop((action.hard_key, action.text_key), None)
             case PlaceAnswer():
                 self.places.append(action)
+                self.wanted[action.hard_key, action.answer_id] = None
+            case DropPlace():
+                self.wanted.pop((action.hard_key, action.answer_id), None)
+                self.placed.get(action.hard_key, {}).pop(action.answer_id, None)
             case Record(record=RequestRecord() as row):
                 self.rows[row.request_id] += 1
             case Record(record=BackgroundRecord() as row):
@@ -212,6 +217,8 @@ class Shop:
             assert entry.key in self.vectors and entry.answer_id in self.texts, "an entry can be found and served"
         for key in self.vectors:
             assert answers.semantic.holds(*key) or any(f.question == key for f in flights.open()), "none in vain"
+        for hard_key, answer_id in self.wanted:
+            assert answers.semantic.refers_to(answer_id, hard_key), "compared under no hard key for nobody"
         for answer_id in self.texts if swept else ():
             needed = answers.exact.refers_to(answer_id) or answers.semantic.refers_to(answer_id)
             assert needed, "no text for nobody"
@@ -251,7 +258,7 @@ class Shop:
             return self.tell(Placed(action.hard_key, action.answer_id, known=False))
         there = self.placed.setdefault(action.hard_key, {})
         same = [a for a in there if a[:2] == action.answer_id[:2]]
-        if action.answer_id in self.texts:
+        if (action.hard_key, action.answer_id) in self.wanted:
             there[action.answer_id] = None
         return self.tell(Placed(action.hard_key, action.answer_id, tuple(Likeness(a, 950_000) for a in same[:8])))
 

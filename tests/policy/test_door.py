@@ -4,6 +4,7 @@ What each part does has tests of its own; here is shown that the gateway asks th
 
 invariant: mutation that it caught
 - user and class not passed to the limiter, on taking or on settling; every refusal called rate_limited
+- a user refunded who was not charged; embeddings out of an account of their own, or without their user, or unjittered
 - arrivals not told to the retry budget; its configuration not passed; drawn twice when a replica dies
 - what was sent and begun not told to the admission
 """
@@ -12,9 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from engine.config import ClassConfig, GatewayConfig, LimiterConfig, OverloadConfig, RetryConfig
 from engine.events import (
     Arrive,
+    Charge,
+    Charged,
     Ended,
     FirstToken,
     GatewayAction,
@@ -27,6 +33,7 @@ from engine.events import (
 )
 from engine.policy.admission import STANDARD
 from engine.policy.gateway import Gateway
+from engine.policy.limiter import Limiter
 from engine.units import MS_NS, S_NS
 
 CLASSES = {
@@ -83,6 +90,80 @@ def test_what_a_user_did_not_use_comes_back_to_the_user() -> None:
     assert code(machine.handle(0, ask(1, user=b"ann"))) == "rate_limited", "110 are reserved of 200"
     machine.handle(1, Ended(sid(first), "failed"))
     assert code(machine.handle(2, ask(2, user=b"ann"))) == "sent"
+
+
+def test_who_was_not_watched_gets_no_refund() -> None:
+    """The table of users was full when they asked: what they did not use was never theirs to be charged for."""
+    machine = gateway(LimiterConfig(user_tokens_per_s=0.001, token_burst_s=200_000, users_most=1))  # 200 tokens
+    machine.handle(1, Ended(sid(machine.handle(0, ask(0, user=b"ann"))), "failed"))  # known, until somebody sweeps
+    unwatched = []
+    for rid in range(1, 60):
+        said = machine.handle(1 + rid, ask(rid, user=b"bob"))
+        if code(said) == "rate_limited":
+            break
+        unwatched.append(sid(said))
+    watched = unwatched.pop()
+    assert len(unwatched) > 5, "ann's place was bob's in the end, and 110 of his 200 are reserved"
+    for each in unwatched:
+        machine.handle(70, Ended(each, "failed"))
+    assert code(machine.handle(71, ask(71, user=b"bob"))) == "rate_limited", "nothing of it was in his bucket"
+    machine.handle(72, Ended(watched, "failed"))
+    assert [code(machine.handle(73, ask(rid, user=b"bob"))) for rid in (73, 74)] == ["sent", "rate_limited"]
+
+
+def charge(machine: Gateway, now_ns: int, rid: int, tokens: int = 10, tenant: str = "t", user: bytes = b"",
+           draw: int = 0) -> Charged:
+    [charged] = machine.handle(now_ns, Charge(rid, tenant, tokens, user, draw))
+    assert isinstance(charged, Charged) and charged.rid == rid
+    machine.check()
+    return charged
+
+
+def test_embeddings_and_requests_have_one_account() -> None:
+    machine = gateway(LimiterConfig(rate_rps=0.01, burst=3))
+    assert charge(machine, 0, 0).code == "" and code(machine.handle(0, ask(1))) == "sent"
+    assert charge(machine, 0, 2).code == ""
+    assert charge(machine, 0, 3).code == code(machine.handle(0, ask(4))) == "rate_limited"
+    assert code(machine.handle(0, ask(5, "fraud"))) == "sent", "a class with a cap of its own is not crowded out"
+    of_all = gateway(LimiterConfig(total_rps=1.0))
+    assert code(of_all.handle(0, ask(0))) == "sent" and charge(of_all, 0, 1, tenant="u").code == "overloaded"
+    of_users = gateway(LimiterConfig(user_rps=0.1, user_burst_s=10.0))
+    assert code(of_users.handle(0, ask(0, user=b"ann"))) == "sent"
+    assert charge(of_users, 0, 1, user=b"ann").code == "rate_limited" and charge(of_users, 0, 2).code == ""
+
+
+def test_not_all_come_back_at_once_nor_too_soon() -> None:
+    machine = gateway(LimiterConfig(rate_rps=1.0, burst=1), retry=RetryConfig(jitter_share=0.5))
+    assert charge(machine, 0, 0) == Charged(0)
+    waits = {charge(machine, 0, 1 + draw, draw=draw).retry_after_ns for draw in range(0, 4000, 400)}
+    assert len(waits) == 10 and all(ns is not None and S_NS <= ns <= 3 * S_NS for ns in waits)
+    assert charge(gateway(LimiterConfig(tokens_per_s=1.0)), 0, 0, tokens=999).retry_after_ns is None, "never"
+
+
+@given(st.lists(st.tuples(
+    st.booleans(), st.sampled_from("tu"), st.sampled_from([b"", b"ann", b"bob"]), st.integers(0, 60),
+    st.sampled_from([0, MS_NS, 400 * MS_NS, 3 * S_NS]),
+), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_asked_for_the_limiter_is_asked_once(
+    asked: list[tuple[bool, str, bytes, int, int]],
+) -> None:
+    """Requests that never end and embeddings, in any order, against one limiter by itself."""
+    limits = LimiterConfig(
+        rate_rps=1.0, burst=4, tokens_per_s=30.0, token_burst_s=2.0, total_rps=2.0, total_burst_s=3.0, user_rps=0.5,
+    )
+    machine, alone = gateway(limits, overload=OverloadConfig(enabled=False)), Limiter(limits, {}, CLASSES)
+    now_ns = 0
+    for rid, (embeds, tenant, user, tokens, step_ns) in enumerate(asked):
+        now_ns += step_ns
+        verdict = alone.take(now_ns, tenant, tokens, user)
+        if embeds:
+            said = charge(machine, now_ns, rid, tokens, tenant, user).code
+        else:
+            said = code(machine.handle(now_ns, Arrive(rid, f"r{rid}", tenant, "chat", now_ns, tokens, 0, asker=user)))
+        want = "" if embeds else "sent"
+        assert said == (want if verdict.ok else "overloaded" if verdict.scope == "total" else "rate_limited")
+    assert machine.stats().limiter == alone.stats()
 
 
 def test_second_tries_have_the_configured_budget() -> None:

@@ -178,6 +178,37 @@ def test_no_window_ever_gets_more_than_its_rate_and_one_burst(
             assert tokens <= exact_tokens * (to_ns - from_ns) / S_NS + exact_tokens * 2
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    moves=st.lists(
+        st.tuples(st.integers(-S_NS, 2 * S_NS), st.integers(0, 40), st.floats(0, 1), st.integers(0, 5)),
+        min_size=1, max_size=60,
+    ),
+)
+def test_refunds_buy_no_more_than_what_was_given_back(moves: list[tuple[int, int, float, int]]) -> None:
+    """In any window: taken less given back is at most the rate and one burst, however late the answers end."""
+    limiter = Limiter(LimiterConfig(rate_rps=1e9, burst=1e9, tokens_per_s=7.7, token_burst_s=5.0), {})
+    now_ns = highest_ns = 0
+    spent: list[tuple[int, int]] = []  # when, tokens; negative ones are refunds
+    out: list[tuple[int, int]] = []  # reserved, used
+    for step_ns, tokens, used_share, ends in moves:
+        now_ns += step_ns
+        highest_ns = max(highest_ns, now_ns)
+        for reserved, used in out[:ends]:
+            limiter.settle(now_ns, "t", reserved, used)
+            spent.append((highest_ns, used - reserved))
+        out = out[ends:]
+        if limiter.take(now_ns, "t", tokens).ok:
+            spent.append((highest_ns, tokens))
+            out.append((tokens, int(tokens * used_share)))
+    rate = Fraction(77, 10)
+    for first, (from_ns, _) in enumerate(spent):
+        net = 0
+        for to_ns, tokens in spent[first:]:
+            net += tokens
+            assert net <= rate * (to_ns - from_ns) / S_NS + rate * 5
+
+
 def test_a_refused_request_costs_nothing() -> None:
     limiter = Limiter(LimiterConfig(rate_rps=1.0, burst=2.0, tokens_per_s=10.0, token_burst_s=1.0), {})
     assert limiter.take(0, "t", 10).ok

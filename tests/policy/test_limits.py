@@ -5,12 +5,13 @@ invariant: mutation that it caught
 - who is limited by whom: users of two tenants share; nameless users limited; a critical class with a cap charged to its
   tenant, or to all tenants; a standard class charged to its cap only; the longest wait of several not told
 - never less than one request: a total below one
+- liveness: a total's burst, or a user's, one request short; clock: the wait not counted from the caller's own
 - memory: a new one taken in though the table is full; a known one not; a full table that nobody sweeps
 """
 
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -50,11 +51,12 @@ class LevelsMachine(RuleBasedStateMachine):
         )
         self.limiter = Limiter(self.config, TENANTS, CLASSES)
         self.buckets: dict[tuple[str, object], NaiveBucket] = {}
-        self.now_ns = 0
+        self.now_ns = self.highest_ns = 0
 
     def levels(self, tenant: str, user: bytes, name: str) -> list[tuple[str, NaiveBucket]]:
         """By the definition: who has a say in this request."""
         config, cls = self.config, CLASSES[name]
+        self.highest_ns = max(self.highest_ns, self.now_ns)
         found: list[tuple[str, object, NaiveBucket]] = []
         if cls.cap_rps:
             whose = (name, tenant) if cls.criticality == "critical" else name
@@ -69,7 +71,7 @@ class LevelsMachine(RuleBasedStateMachine):
                 found.append(("user", (tenant, user), naive(rate, burst, config.user_tokens_per_s, 10.0)))
         out = []
         for scope, key, fresh in found:
-            fresh.at_ns = self.now_ns
+            fresh.at_ns = self.highest_ns
             out.append((scope, self.buckets.setdefault((scope, key), fresh)))
         return out
 
@@ -77,12 +79,29 @@ class LevelsMachine(RuleBasedStateMachine):
     def forward(self, step_ns: int) -> None:
         self.now_ns += step_ns
 
+    @rule(step_ns=STEPS_NS)
+    def backward(self, step_ns: int) -> None:
+        self.now_ns -= step_ns
+
     @rule(who=WHO, tokens=TOKENS)
     def take(self, who: tuple[str, bytes, str], tokens: int) -> None:
+        self.both(who, tokens)
+
+    @rule(who=WHO, tokens=TOKENS)
+    def wait_as_told(self, who: tuple[str, bytes, str], tokens: int) -> None:
+        """All levels have room then, and not a nanosecond before."""
+        verdict = self.both(who, tokens)
+        if verdict.retry_after_ns is not None:
+            self.forward(verdict.retry_after_ns - 1)
+            assert self.both(who, tokens).retry_after_ns == 1
+            self.forward(1)
+            assert self.both(who, tokens).ok
+
+    def both(self, who: tuple[str, bytes, str], tokens: int) -> Verdict:
         tenant, user, name = who
         levels = self.levels(tenant, user, name)
         before = [(list(bucket.levels), bucket.at_ns) for _, bucket in levels]
-        verdicts = [bucket.take(self.now_ns, tokens) for _, bucket in levels]
+        verdicts = [bucket.take(self.highest_ns, tokens) for _, bucket in levels]
         good = all(verdict.ok for verdict in verdicts)
         if not good:  # nobody is charged
             for (_, bucket), (old, at_ns) in zip(levels, before, strict=True):
@@ -93,13 +112,16 @@ class LevelsMachine(RuleBasedStateMachine):
             refused = {scope: v for (scope, _), v in zip(levels, verdicts, strict=True) if not v.ok}
             assert got.scope in refused
             waits = [verdict.retry_after_ns for verdict in refused.values()]
-            assert got.retry_after_ns == (None if None in waits else max(w for w in waits if w is not None))
+            longest_ns = None if None in waits else max(w for w in waits if w is not None)
+            behind_ns = self.highest_ns - self.now_ns
+            assert got.retry_after_ns == (None if longest_ns is None else longest_ns + behind_ns)
+        return got
 
     @rule(who=WHO, reserved=TOKENS, used=TOKENS)
     def settle(self, who: tuple[str, bytes, str], reserved: int, used: int) -> None:
         tenant, user, name = who
         for _, bucket in self.levels(tenant, user, name):
-            bucket.settle(self.now_ns, reserved, used)
+            bucket.settle(self.highest_ns, reserved, used)
         self.limiter.settle(self.now_ns, tenant, reserved, used, user, name)
 
     @invariant()
@@ -109,6 +131,35 @@ class LevelsMachine(RuleBasedStateMachine):
 
 LevelsMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestLevels = LevelsMachine.TestCase
+
+
+@settings(max_examples=100, deadline=None)
+@given(moves=st.lists(st.tuples(st.integers(-S_NS, 2 * S_NS), WHO), min_size=1, max_size=60))
+def test_no_window_of_any_level_ever_gets_more_than_its_rate_and_one_burst(
+    moves: list[tuple[int, tuple[str, bytes, str]]],
+) -> None:
+    limiter = Limiter(
+        LimiterConfig(rate_rps=2.0, burst=3.0, total_rps=3.0, total_burst_s=1.5, user_rps=1.0, user_burst_s=2.0),
+        {}, CLASSES,
+    )
+    now_ns = highest_ns = 0
+    admitted: dict[tuple[str, ...], list[int]] = {}
+    for step_ns, (tenant, user, name) in moves:
+        now_ns += step_ns
+        highest_ns = max(highest_ns, now_ns)
+        if limiter.take(now_ns, tenant, 0, user, name).ok:
+            scopes: list[tuple[str, ...]] = [("fraud", tenant)]
+            if name != "fraud":
+                scopes = [("total",), ("tenant", tenant), *([("user", tenant, str(user))] if user else [])]
+                scopes += [("batch",)] * (name == "batch")
+            for scope in scopes:
+                admitted.setdefault(scope, []).append(highest_ns)
+    rates = {"total": (3.0, 4.5), "tenant": (2.0, 3.0), "user": (1.0, 2.0), "fraud": (2.0, 2.0), "batch": (0.5, 1.0)}
+    for scope, moments in admitted.items():
+        rate, burst = rates[scope[0]]
+        for first, from_ns in enumerate(moments):
+            for count, to_ns in enumerate(moments[first:], 1):
+                assert count <= rate * (to_ns - from_ns) / S_NS + burst, scope
 
 
 def test_who_is_refused_by_one_level_has_cost_the_others_nothing() -> None:
@@ -149,6 +200,41 @@ def test_a_full_table_of_debtors_forgets_nobody_and_takes_in_nobody() -> None:
         limiter.take(9 * S_NS, "t", 0, b"user 0")
     assert limiter.stats().users <= 1, "paid back: forgotten"
     assert [limiter.take(9 * S_NS, "t", 0, b"late").ok for _ in range(2)] == [True, False]
+
+
+ASKED = st.tuples(
+    st.sampled_from([b"ann", b"bob", b"eve"]), st.integers(0, 60), st.sampled_from([0, MS_NS, S_NS, 20 * S_NS]),
+    st.one_of(st.none(), st.integers(0, 50)),  # which open request ends after it
+)
+
+
+@given(st.lists(ASKED, max_size=80), st.integers(1, 2))
+@settings(max_examples=300, deadline=None)
+def test_only_who_was_charged_is_refunded(asked: list[tuple[bytes, int, int, int | None]], most: int) -> None:
+    """Each user's bucket is as if only what was charged to it had ever been asked, however full the table was."""
+    config = LimiterConfig(
+        rate_rps=1e6, burst=1e6, user_tokens_per_s=3.0, user_rps=1e6, token_burst_s=30.0, users_most=most
+    )
+    limiter, buckets, now_ns = Limiter(config, {}), {}, 0
+    opened: list[tuple[bytes, int, bool]] = []
+    for user, tokens, step_ns, ends in asked:
+        now_ns += step_ns
+        bucket = buckets.setdefault(user, naive(1e6, 1e7, 3.0, 30.0))
+        bucket.at_ns = max(bucket.at_ns, now_ns) if bucket.full else bucket.at_ns
+        full = limiter.stats().users >= most
+        got = limiter.take(now_ns, "t", tokens, user)
+        if got.watched or not got.ok:
+            assert (got.ok, got.retry_after_ns) == ((want := bucket.take(now_ns, tokens)).ok, want.retry_after_ns)
+        else:
+            assert full, "a user is watched where there is room"
+        if got.ok:
+            opened.append((user, tokens, got.watched))
+        if ends is not None and opened:
+            who, reserved, watched = opened.pop(ends % len(opened))
+            limiter.settle(now_ns, "t", reserved, reserved // 3, who if watched else b"")
+            if watched:
+                buckets[who].settle(now_ns, reserved, reserved // 3)
+        limiter.check()
 
 
 def test_a_million_users_take_bounded_memory() -> None:

@@ -9,16 +9,22 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import RequestError
 from engine.events import Arrive, Invalidate
 from engine.policy.semantic import SemanticEntry
-from engine.service.admin import MOST_SHOWN, MOST_TAGS, TAGS_HEADER, tags_of
+from engine.service.admin import MOST_SHOWN, MOST_TAGS, TAGS_HEADER, needs_no_key, tags_of
 from sim.twin.replay import replay
 from tests.service import harness
 from tests.service.harness import CHAT, Engine, body, check_error, journal, start
 
 CACHE = "/admin/cache"
+AWAY = {  # what tells a request through a proxy, or of a page whose name was made to point here, from this machine's
+    "x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "x-real-ip": "::1", "via": "1.1 proxy",
+    "host": "evil.example",
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,10 @@ def look(engine: Engine, **query: int) -> dict[str, Any]:
 def test_only_admin_keys_look_or_flush(office: Engine) -> None:
     assert ask(office, "is this still there?") == "model"
     before = look(office)
-    with office.http(None) as nobody:
-        check_error(nobody.get(CACHE), 401, "unauthorized")
-        check_error(nobody.post(CACHE, json={"all": True}), 401, "unauthorized")
+    for header, value in AWAY.items():
+        with office.http(None, **{header: value}) as nobody:
+            check_error(nobody.get(CACHE), 401, "unauthorized")
+            check_error(nobody.post(CACHE, json={"all": True}), 401, "unauthorized")
     for tenant in ("shop", "bank", "trickle"):
         with office.http(tenant) as client:
             assert "admin = true" in check_error(client.get(CACHE), 403, "forbidden")
@@ -67,6 +74,48 @@ def test_only_admin_keys_look_or_flush(office: Engine) -> None:
         check_error(client.put(CACHE), 405, "method_not_allowed")
     assert look(office) == before
     assert ask(office, "is this still there?") == "exact"
+
+
+def test_this_machine_itself_needs_no_key(office: Engine) -> None:
+    assert ask(office, "what a shell may flush") == "model"
+    with office.http(None) as shell:
+        assert shell.get(CACHE).json()["exact"] == look(office)["exact"]
+        assert shell.post(CACHE, json={"tag": "sku:nowhere"}).json() == {"exact": 0, "semantic": 0}
+        assert shell.post(CACHE, json={"all": True}).json()["exact"] >= 1
+    assert ask(office, "what a shell may flush") == "model"
+
+
+SIMPLE = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", "text/plain;json", None]
+
+
+@pytest.mark.parametrize("media_type", SIMPLE)
+def test_a_page_of_somebody_elses_cannot_flush(office: Engine, media_type: str | None) -> None:
+    """A browser on this machine sends such writes for any page without asking (CSRF), and names the page in others."""
+    assert ask(office, "what no page may flush") in ("model", "exact")
+    headers = {} if media_type is None else {"content-type": media_type}
+    with office.http(None, **headers) as page:
+        why = check_error(page.post(CACHE, content=b'{"all": true}'), 401, "unauthorized")
+        assert "application/json" in why
+    for origin in ("https://evil.example", "null", office.url):
+        with office.http(None, origin=origin) as page:
+            check_error(page.post(CACHE, json={"all": True}), 401, "unauthorized")
+    with office.http(None, origin="https://evil.example") as page:
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        leave = page.options(CACHE, headers=asked)
+        check_error(leave, 405, "method_not_allowed")
+        assert not any(name.startswith("access-control") for name in leave.headers), "no leave is given"
+        assert not any(name.startswith("access-control") for name in page.get(CACHE).headers), "nor to read"
+    assert ask(office, "what no page may flush") == "exact"
+
+
+@given(
+    local=st.booleans(), method=st.sampled_from(["GET", "HEAD", "POST"]), origin=st.sampled_from([None, b"null", b"x"]),
+    media_type=st.sampled_from([None, b"", b"text/plain", b"application/json", b"Application/JSON; charset=utf-8"]),
+)
+def test_who_needs_no_key(local: bool, method: str, origin: bytes | None, media_type: bytes | None) -> None:
+    json_said = media_type is not None and b"json" in media_type.lower()
+    may = local and (method != "POST" or (origin is None and json_said))
+    assert needs_no_key(local, method, media_type, origin) == may
 
 
 def test_a_look_shows_facts_and_no_texts(office: Engine) -> None:

@@ -2,7 +2,8 @@
 
 Run: ``pytest tests/service/test_embeddings.py`` (about 5 s for the weights). Deliberate breaks that it caught: doubles
 or big-endian floats; base64 unasked; vectors in another order; every input called number 0; a text too long, a late and
-a lost encoder taken for one another; no limit, no wait told, no room counted, taken while draining; any model's name.
+a lost encoder taken for one another; no limit, one beside the gateway's, without the user; no wait told, no room
+counted, taken while draining; any model's name.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from msgspec.structs import replace
 
+from engine.config import LimiterConfig
 from engine.errors import RequestError
 from engine.model.encoder_process import Drill, EncoderSpec
 from engine.model.smalllm import small_tokenizer
 from engine.service import app as app_module
 from engine.service.completions import MAX_INPUTS, decode_embedding, embedding_list
 from engine.service.encoder import EncoderClient
+from engine.service.similar import Done
+from sim.twin.replay import replay
 from tests.service.conftest import Starter
-from tests.service.harness import Engine, check_error, start
+from tests.service.harness import CHAT, Engine, body, check_error, start
 
 EMBEDDINGS = "/v1/embeddings"
 TEXTS = ["Where is my parcel?", "My package has not arrived, where is it?", "How do I descale the kettle?"]
@@ -51,6 +56,16 @@ def encoding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             yield engine
         finally:
             asyncio.run_coroutine_threadsafe(client.stop(), engine.loop).result(60)
+
+
+class OneVector:
+    """An encoder that thinks all texts equal."""
+
+    def encode(self, text_key: bytes, text: str, deadline_s: float, done: Done) -> None:
+        done(np.full(384, 384**-0.5, np.float32), "ok")
+
+    def cancel(self, call: object) -> None:
+        pass
 
 
 def client_of(engine: Engine) -> EncoderClient:
@@ -110,12 +125,13 @@ def test_what_another_tenant_has_had_encoded_is_encoded_anew(encoding: Engine) -
     assert after.remembered == before.remembered + 2
 
 
-def test_the_gateway_never_hears_of_it(encoding: Engine) -> None:
+def test_the_gateway_hears_what_it_costs_and_nothing_else(encoding: Engine) -> None:
     before = encoding.stats()
     with encoding.http() as client:
         assert client.post(EMBEDDINGS, json=ask("nobody's business")).status_code == 200
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["fake", "default", "minilm"]
-    assert encoding.stats() == before
+    limits = replace(before.limiter, allowed=before.limiter.allowed + 1)
+    assert encoding.stats() == replace(before, limiter=limits)
     encoding.quiet()
 
 
@@ -158,9 +174,27 @@ def test_a_tenants_own_limit_holds_here_too(encoding: Engine) -> None:
         assert client.post(EMBEDDINGS, json=ask()).status_code == 200
         got = client.post(EMBEDDINGS, json=ask())
         check_error(got, 429, "rate_limited")
-        assert 95 <= int(got.headers["retry-after"]) <= 100
+        assert 95 <= int(got.headers["retry-after"]) <= 120, "exact, and longer by a fifth at most, by lot"
     with encoding.official("trickle") as client, pytest.raises(openai.RateLimitError):
         client.embeddings.create(**ask())
+
+
+def test_text_and_vectors_have_one_account_and_the_journal_holds_both(started: Starter) -> None:
+    """Each user's limit too: it is the same user, whatever is asked for."""
+    engine = started(limiter=LimiterConfig(user_rps=0.01, user_burst_s=200.0))  # two of each user's
+    engine.inside.app.encoder = OneVector()
+    with engine.http() as client:
+        for path, asked in ((CHAT, body("hello", user="Ann Example")), (EMBEDDINGS, ask("hello", user="Ann Example"))):
+            assert client.post(path, json=asked).status_code == 200
+        got = client.post(EMBEDDINGS, json=ask("a user's secret", user="Ann Example"))
+        check_error(got, 429, "rate_limited")
+        assert int(got.headers["retry-after"]) >= 99
+        check_error(client.post(CHAT, json=body("a user's secret", user="Ann Example")), 429, "rate_limited")
+        assert client.post(EMBEDDINGS, json=ask("hello", user="bob")).status_code == 200
+    path = engine.folder / "journal" / "gateway-0.ndjson"
+    engine.until(lambda: path.read_bytes().count(b'"Charge"') == 3)
+    assert b"secret" not in path.read_bytes() and b"Example" not in path.read_bytes(), "facts, never text"
+    assert replay(path).identical
 
 
 def test_a_server_without_an_encoder_says_so(engine: Engine) -> None:

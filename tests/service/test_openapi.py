@@ -4,7 +4,7 @@ Run: ``pytest tests/service/test_openapi.py`` (40 s). schemathesis sends what th
 (its examples, coverage and fuzzing phases, from one seed) and holds every answer against it: statuses, headers, content
 types, schemas, whether what is valid is taken and what is not refused, whether a key is asked for. Deliberate breaks
 that were caught: a method without a route; 0 for false; a status, or a rule of the decoder's, that is not in the
-document; ``/admin/cache`` without a key.
+document; ``/v1/embeddings`` without a key.
 """
 
 from __future__ import annotations
@@ -173,5 +173,6 @@ def test_schemathesis_finds_nothing(roomy: Engine, document: dict[str, Any]) -> 
     assert not faults, f"{len(faults)} faults: {faults[:5]}"
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/admin/cache"):
         assert statuses[f"POST {path}", 200] > 10 and statuses[f"POST {path}", 400] > 10, "both ways were gone"
-        assert statuses[f"POST {path}", 401], "and without a key"
+        keyless = path == "/admin/cache"  # from this machine itself; what else it takes, test_admin.py asks
+        assert bool(statuses[f"POST {path}", 401]) != keyless, "and without a key"
     roomy.quiet()

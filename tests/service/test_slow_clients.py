@@ -3,7 +3,7 @@
 Deadlines are a second or less here; what is told apart is that the server ends it, and that work and place are given
 back. ``tests/drill/test_slowloris_drill.py`` has the numbers of a real attack. Caught: no deadline for who does not
 read; a head's deadline counted from its last byte; none for a body that nobody reads, none between requests; an address
-that is never counted down; no limit on connections.
+that is never counted down; no limit on connections; everybody who is late in one turn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import json
 import selectors
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from msgspec.structs import replace
@@ -21,7 +23,7 @@ from msgspec.structs import replace
 from engine.errors import RequestError
 from engine.events import Cancel
 from engine.ingress_config import IngressConfig
-from engine.service.connections import FOREVER, Connections, counted_address
+from engine.service.connections import AT_ONCE, FOREVER, Connections, counted_address
 from tests.service.conftest import Starter
 from tests.service.harness import CHAT, SCENARIO, STEP_20_MS, Engine, body, journal, start
 from tests.service.test_hostile import ask_health, connect, converse, refused, statuses
@@ -163,6 +165,23 @@ class Somebody:
     def __init__(self, address: str | None) -> None:
         self.client = (address, 1) if address is not None else None
         self.address, self.deadline_s, self.stalled_s = "", FOREVER, FOREVER
+        self.ended_s: float | None = None
+
+    def overdue(self, now_s: float) -> None:
+        self.ended_s, self.deadline_s = now_s, FOREVER
+
+
+def test_many_who_are_late_together_do_not_hold_up_everybody_else(engine: Engine) -> None:
+    connections = Connections(QUICK)
+    crowd = [Somebody("127.0.0.1") for _ in range(3 * AT_ONCE)]
+    for somebody in crowd:
+        engine.call(partial(connections.enter, somebody, engine.loop))
+        somebody.deadline_s = 0.0
+    engine.until(lambda: all(somebody.ended_s is not None for somebody in crowd))
+    turns = Counter(somebody.ended_s for somebody in crowd)
+    assert max(turns.values()) <= AT_ONCE and len(turns) == 3
+    for somebody in crowd:
+        engine.call(partial(connections.leave, somebody))
 
 
 def test_one_address_has_so_many_and_no_more(started: Starter, engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """Records become the frame of the contract; what the client saw wins; a run comes back from disk as it was."""
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ import pytest
 from engine.errors import JournalError
 from engine.events import LevelRecord, RequestRecord
 from engine.units import MS_NS, S_NS
-from sim.desk.frames import level_frame, read_run, requests_frame, write_run
+from sim.desk.frames import level_frame, read_records, read_run, requests_frame, write_run
 from sim.desk.series import bin_s, quantiles, queue_age, rates, slowest, tier_counts
 
 COLUMNS = (
@@ -167,6 +168,25 @@ def test_a_torn_last_record_is_cut_and_damage_before_it_is_an_error(tmp_path):
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(JournalError, match="record 1 is damaged"):
         read_run(tmp_path)
+
+
+def test_the_records_of_several_workers_are_one_run(tmp_path):
+    """Worker 1 dies at level 2, and its second life begins at 0: it does not stay at 2 for ever."""
+    files = {
+        "records-0": [record("a", 1, e2e_ns=8 * MS_NS), LevelRecord(20 * MS_NS, 1), LevelRecord(60 * MS_NS, 0)],
+        "records-1": [record("b", 3, e2e_ns=2 * MS_NS), LevelRecord(30 * MS_NS, 2), record("c", 35, e2e_ns=5 * MS_NS)],
+        "records-1-life-2": [record("d", 50, e2e_ns=0), LevelRecord(70 * MS_NS, 3)],
+    }
+    (tmp_path / "ledger").mkdir()
+    for name, rows in files.items():
+        (tmp_path / "ledger" / f"{name}.ndjson").write_bytes(b"".join(msgspec.json.encode(r) + b"\n" for r in rows))
+    write_run(tmp_path, requests_frame([]), None, 100 * MS_NS)
+    run = read_run(tmp_path)
+    told = [r.request_id if isinstance(r, RequestRecord) else r.level for r in run.records]
+    assert told == ["b", "a", 1, 2, "c", "d", 0, 3]
+    assert read_records(tmp_path) == run.records
+    steps = [[0, 0], [20, 1], [30, 2], [40, 1], [60, 0], [70, 3], [100, 3]]
+    assert run.levels.to_numpy().tolist() == [[at_ms * MS_NS, level] for at_ms, level in steps]
 
 
 def test_no_run_is_said_in_words(tmp_path):
