@@ -11,6 +11,7 @@ from engine.config import Scenario
 from engine.errors import UserError
 from engine.scenario import load
 from sim.demo import CARD, extra_tables, replay_again
+from sim.desk.boundaries import breaker_frame
 from sim.desk.frames import read_run
 from sim.desk.report import NAME, RunView, render
 from sim.desk.summary import Summary, verdict
@@ -52,7 +53,8 @@ def view_of(folder: Path) -> RunView:
         raise UserError("the run was not finished: it has no summary", where=str(folder), fix="ls runs") from None
     except msgspec.DecodeError as error:
         raise UserError("not a summary", where=str(path), why=str(error)) from None
-    return RunView(summary, run.frame, run.levels, _scenario(base))
+    breakers = breaker_frame(run.records, run.duration_ns, run.start_ns)
+    return RunView(summary, run.frame, run.levels, _scenario(base), breakers)
 
 
 def _scenario(base: Path) -> Scenario:

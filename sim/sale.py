@@ -17,6 +17,7 @@ from engine.service.facts import FactMaker
 from engine.service.server import tokenizer_for
 from engine.units import S_NS, s_to_ns
 from sim import runs
+from sim.desk.boundaries import breaker_frame
 from sim.desk.capacity import Bench
 from sim.desk.frames import level_frame, read_run, requests_frame, write_run
 from sim.desk.labels import labelled
@@ -55,7 +56,7 @@ def twin_sale(
     busy = run.busy_ns / max(1, end_ns)
     summary = summarise(frame, scenario, "sim", seed, end_ns / S_NS, levels, busy, scenario.replicas)
     runs.write_json(folder / "summary.json", summary)
-    return RunView(summary, frame, levels, scenario)
+    return RunView(summary, frame, levels, scenario, breaker_frame(records, end_ns))
 
 
 def live_sale(
@@ -98,7 +99,8 @@ def record_live(
     busy = sum(step.ns for step in steps if step.at_ns >= start_ns) / scenario.replicas / max(1, end_ns)
     summary = summarise(frame, scenario, "load", seed, end_ns / S_NS, run.levels, busy, scenario.replicas)
     runs.write_json(folder / "summary.json", summary)
-    return RunView(summary, run.frame, run.levels, scenario)
+    breakers = breaker_frame(run.records, run.duration_ns, run.start_ns)
+    return RunView(summary, run.frame, run.levels, scenario, breakers)
 
 
 def _ledger(folder: Path) -> list[LedgerRecord]:

@@ -11,7 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from engine.config import Scenario
 from engine.units import MS_NS, S_NS
-from sim.desk import plots
+from sim.desk import boundaries, plots
 from sim.desk.look import STYLE, take_heading
 from sim.desk.page import CSS, GRID, PAGE
 from sim.desk.series import P99_FROM, Quantile, bin_s, equals, quantiles, queue_age, rates, slowest, tier_counts
@@ -45,6 +45,7 @@ class RunView:
     frame: pd.DataFrame
     levels: pd.DataFrame
     scenario: Scenario
+    breakers: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=boundaries.COLUMNS))  # boundaries.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,14 @@ def _parts(a: RunView | None, b: RunView | None, scenario: Scenario) -> list[_Pa
         ("tiers", "Who answered", "Requests by tier and class",
          plots.tiers_by_class(live, twin, scenario.classes), _tier_table(a, b)),
     ]
+    for who, view in _named(a, b):
+        if boundaries.worth_showing(view.scenario, view.breakers):
+            figures.append((
+                f"boundaries-{who}",
+                "Who computed, and whom the door trusted" + ("" if who == "live" else ", in the twin"), "By boundary",
+                boundaries.figure(view.frame, view.breakers, view.scenario, int(view.levels["at_ns"].max())),
+                boundaries.table(view.frame, view.breakers, view.scenario),
+            ))
     parts = []
     for name, heading, caption, figure, table in figures:
         finding, names = take_heading(figure)

@@ -12,6 +12,7 @@ Mutation it caught: a request that is called off is not hung up on; both went on
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,15 +20,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import msgspec
 import pytest
 
 from engine.errors import STATUS_OF_CODE
 from engine.events import BreakerRecord, LedgerRecord, ReplicaLost, RequestRecord
 from engine.scenario import load
 from engine.units import S_NS
+from sim.desk.frames import read_records
+from sim.desk.report import write_report
 from sim.live import LiveEngine, live_engine
 from sim.loadgen import Seen
+from sim.sale import record_live
 from sim.twin.replay import replay_all
 from sim.twin.workload import flash_sale, profile_of
 from tests.drill.conftest import Publish, Row
@@ -124,8 +127,10 @@ def test_a_sale_through_two_foreign_servers_one_of_which_dies(tmp_path: Path, pu
             others[DIES].kill()
             seen = playing.result(180)
             metrics = httpx.get(f"{engine.url}/metrics", trust_env=False).text
-    decode = msgspec.json.Decoder(LedgerRecord).decode
-    records = [*map(decode, (tmp_path / "ledger" / "records.ndjson").read_bytes().splitlines())]
+    start_ns = seen[0].scheduled_ns - requests[0].at_ns - engine.epoch_ns
+    view = record_live(resolved, requests, seen, start_ns, engine.epoch_ns, profile.duration_s, 11, tmp_path)
+    page = write_report(tmp_path, view, None, None, {}).read_text()
+    records = read_records(tmp_path)
     lost_ns = {e.event.replica: e.at_ns for e in journal(tmp_path) if isinstance(e.event, ReplicaLost)}
     classes, upstreams = per_class(seen), per_upstream(records, lost_ns, killed_ns, metrics)
     publish("upstreams_classes", classes)
@@ -144,5 +149,7 @@ def test_a_sale_through_two_foreign_servers_one_of_which_dies(tmp_path: Path, pu
     assert upstreams[DIES]["of these after the kill"] == 0
     assert int(str(upstreams[STAYS]["of these after the kill"])) > 0
     assert upstreams[DIES]["breaker"] or DIES in lost_ns, "the door noticed"
+    [shown] = re.findall(r"Computed by llama \d+ %, vllm \d+ %; [^<\"]+", page)[:1]
+    assert not upstreams[DIES]["breaker"] or "vllm&#39;s breaker was open for" in shown, "and the report shows it"
     assert STAYS not in lost_ns
     assert all(found.identical for found in replay_all(tmp_path))
