@@ -19,7 +19,7 @@ from engine.units import S_NS, s_to_ns
 from sim import runs
 from sim.desk.boundaries import breaker_frame
 from sim.desk.capacity import Bench
-from sim.desk.frames import level_frame, read_run, requests_frame, write_run
+from sim.desk.frames import level_frame, read_records, read_run, requests_frame, write_run
 from sim.desk.labels import labelled
 from sim.desk.report import RunView
 from sim.desk.summary import summarise
@@ -90,7 +90,7 @@ def record_live(
     scenario = resolved.scenario
     rows = pd.DataFrame([msgspec.to_builtins(s) for s in seen])
     rows["scheduled_ns"] -= epoch_ns + start_ns
-    records = _ledger(folder)
+    records = read_records(folder)
     frame = labelled(requests_frame(records, rows, start_ns), requests)
     end_ns = max(s_to_ns(duration_s), int((rows["scheduled_ns"] + rows["e2e_ns"].fillna(0)).max()))
     write_run(folder, frame, None, end_ns, start_ns)
@@ -101,12 +101,6 @@ def record_live(
     runs.write_json(folder / "summary.json", summary)
     breakers = breaker_frame(run.records, run.duration_ns, run.start_ns)
     return RunView(summary, run.frame, run.levels, scenario, breakers)
-
-
-def _ledger(folder: Path) -> list[LedgerRecord]:
-    decoder = msgspec.json.Decoder(LedgerRecord)
-    with (folder / "ledger" / "records.ndjson").open("rb") as file:
-        return [decoder.decode(line) for line in file if line.endswith(b"\n")]
 
 
 def lateness(seen: list[Seen]) -> str:

@@ -46,6 +46,7 @@ class Log:
         self._next_number = self._manifest.next_number
         self._tail: _Tail | None = None
         self._failed: _Tail | None = None  # poisoned; the manifest does not say so yet
+        self._leftovers: list[Path] = []  # of segments that could not begin; they go when one can
         self.next_seq = self._manifest.next_seq
         self.poisoned = 0  # segments
 
@@ -119,16 +120,24 @@ class Log:
         number = self._next_number
         self._next_number += 1  # a number that failed is not used again: the disk may know it
         segment = Segment(number, secrets.token_hex(16), self.next_seq)
-        handle = self._files.create(self._folder / segment.name)
+        path = self._folder / segment.name
+        handle = self._files.create(path)
         try:
             self._files.write(handle, pack_head(Head(bytes.fromhex(segment.id), self.next_seq, SCHEMA_VERSION)))
             self._files.sync(handle)
             self._files.sync_folder(self._folder)
+            self._leftovers.append(path)  # from here on a manifest that failed may name it
             self._publish(Manifest((*self._closed_segments(), segment), self._next_number, self.next_seq))
         except OSError:
             with contextlib.suppress(OSError):
                 self._files.close(handle)
+                if path not in self._leftovers:
+                    self._files.unlink(path)
             raise
+        self._leftovers.remove(path)
+        while self._leftovers:
+            with contextlib.suppress(OSError):
+                self._files.unlink(self._leftovers.pop())
         self._tail, self._failed = _Tail(segment, handle), None
         return self._tail
 

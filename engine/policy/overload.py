@@ -16,6 +16,7 @@ from engine.units import S_NS, ms_to_ns
 from engine.values import Struct
 
 LEVELS = 5
+CALM = 0, "", 0
 LONG_AGO_NS = -(1 << 62)
 BROWNOUT, SHED = 1, 3
 SHEDDABLE_HIGHEST = 2  # waiting sheddable work must never get standard work shed: lowest first
@@ -82,10 +83,12 @@ class Overload:
         if not self._enabled:
             return None
         before = self.level
-        raw, traffic_class, age_ns = self._raw(now_ns, oldest_ns, predicted_ns or {})
+        raw, traffic_class, age_ns = self._raw(now_ns, oldest_ns, predicted_ns or {}) if oldest_ns else CALM
         self.admission.observe(now_ns, oldest_ns, predicted_ns)
         raw = max(raw, self.admission.level)
         self._waits = bool(traffic_class)
+        if not raw and not before:  # as nearly always
+            return None
         for level in range(1, raw + 1):
             self._called_ns[level] = now_ns
         self.level = sum(now_ns - called_ns < self._hold_ns for called_ns in self._called_ns[1:])

@@ -63,12 +63,32 @@ class Called(NamedTuple):
     reached: bool = True
 
 
+CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+
+
+class _Stale(Exception):
+    """A kept connection was closed as we wrote to it: the server has not failed, and never saw the request."""
+
+
 async def call(client: httpx.AsyncClient, work: Work, model: str, hear: Callable[[str], None]) -> Called:
-    """``hear`` gets each piece of text."""
+    """``hear`` gets each piece of text. Over a kept connection that is closed meanwhile it is sent again, on a new one
+    in the end (RFC 9112, 9.3.1 leaves that to us: what is computed twice does no harm)."""
+    while True:
+        with contextlib.suppress(_Stale):
+            return await _call(client, work, model, hear)
+
+
+async def _call(client: httpx.AsyncClient, work: Work, model: str, hear: Callable[[str], None]) -> Called:
     path, body = request_of(work, model)
-    sid, heard = work.submit.sid, False
+    sid, heard, answered, fresh = work.submit.sid, False, False, False
+
+    async def trace(event: str, _: object) -> None:
+        nonlocal fresh
+        fresh = fresh or event.startswith("connection.connect_tcp")
+
     try:
-        async with client.stream("POST", f"/v1{path}", content=body) as response:
+        async with client.stream("POST", f"/v1{path}", content=body, extensions={"trace": trace}) as response:
+            answered = True
             if response.status_code != 200:
                 return await _refused(sid, response)
             answer, events, raws = Answer(), EventStream(), response.aiter_raw()
@@ -83,6 +103,8 @@ async def call(client: httpx.AsyncClient, work: Work, model: str, hear: Callable
             await _let_end(raws)
             return Called(Done(sid, end.reason, end.output_tokens, end.cached_tokens))
     except (httpx.HTTPError, Broken, ValueError) as error:
+        if not answered and not fresh and isinstance(error, CLOSED):
+            raise _Stale from error
         reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
         return Called(Done(sid, "failed" if heard else "lost"), f"{type(error).__name__}: {error}", reached)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.ledger.record import LossRecord
 from engine.ledger.ring import Ring
 from engine.records import LevelRecord
-from tests.ledger.trace import click
+from tests.ledger.trace import accounted, click
 
 
 def test_critical_records_have_places_that_others_cannot_take() -> None:
@@ -61,35 +61,8 @@ def test_everything_offered_is_in_the_log_or_counted_at_its_place(steps: list[tu
             offered.append((record, room))
     while ring.untold or len(ring):
         log += ring.take(3, len(log))
-    checked(log, offered)
+    accounted(log, offered)
     assert ring.accepted + ring.dropped == len(offered)
-
-
-def checked(log: list, offered: list) -> None:
-    """Walk both: a loss record stands where as many of its kind were dropped."""
-    lost: list[str] = []
-    rest = iter(log)
-    entry = next(rest, None)
-    place = 0
-    for record, room in offered:
-        if not room:
-            lost.append(type(record).__name__)
-            continue
-        entry, place = _losses(entry, rest, lost, place)
-        assert entry == record
-        entry, place, lost = next(rest, None), place + 1, []
-    entry, place = _losses(entry, rest, lost, place)
-    assert entry is None
-
-
-def _losses(entry, rest, lost: list[str], place: int):
-    told: dict[str, int] = {}
-    while isinstance(entry, LossRecord):
-        assert entry.from_seq <= place
-        told[entry.kind] = told.get(entry.kind, 0) + entry.count
-        entry, place = next(rest, None), place + 1
-    assert told == {kind: lost.count(kind) for kind in set(lost)}
-    return entry, place
 
 
 def test_two_threads_lose_no_count() -> None:

@@ -69,3 +69,30 @@ def all_records(files: Files, folder: Path = FOLDER) -> list[LogRecord]:
         assert len(records) == block.count
         found += records
     return found
+
+
+def accounted(log: list[LogRecord], offered: list[tuple[LogRecord, bool]]) -> None:
+    """``offered``: each record, and was there room. A loss record stands where as many of its kind were dropped."""
+    lost: list[str] = []
+    rest = iter(log)
+    entry = next(rest, None)
+    place = 0
+    for record, room in offered:
+        if not room:
+            lost.append(type(record).__name__)
+            continue
+        entry, place = _losses(entry, rest, lost, place)
+        assert entry == record
+        entry, place, lost = next(rest, None), place + 1, []
+    entry, place = _losses(entry, rest, lost, place)
+    assert entry is None
+
+
+def _losses(entry, rest, lost: list[str], place: int):
+    told: dict[str, int] = {}
+    while isinstance(entry, LossRecord):
+        assert entry.from_seq <= place
+        told[entry.kind] = told.get(entry.kind, 0) + entry.count
+        entry, place = next(rest, None), place + 1
+    assert told == {kind: lost.count(kind) for kind in set(lost)}
+    return entry, place

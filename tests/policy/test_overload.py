@@ -114,7 +114,7 @@ def test_any_history_gives_the_level_of_its_replay(moves: list[tuple[int | None,
 def test_woken_on_time_a_level_ends_within_a_window_of_its_hold(moves: list[tuple[int | None, Ages]]) -> None:
     overload = Overload(CONFIG, CLASSES)
     now_ns = 0
-    loud_ns = 0  # when the level, or a higher one, was called for last
+    called_ns = [0] * 5  # when each level, or a higher one, was called for last
     for step_ns, ages_ns in moves:
         until_ns = now_ns + abs(step_ns or WINDOW_NS) % (20 * WINDOW_NS)
         oldest_ns = {name: until_ns - age_ns for name, age_ns in ages_ns.items() if age_ns is not None}
@@ -124,12 +124,10 @@ def test_woken_on_time_a_level_ends_within_a_window_of_its_hold(moves: list[tupl
             now_ns = min(until_ns, wake_ns or until_ns)
             before = overload.level
             overload.observe(now_ns, oldest_ns)
-            if overload.level < before:
-                assert now_ns - loud_ns >= HOLD_NS, "it holds"
-            if raw_of((now_ns, oldest_ns))[0] >= overload.level:
-                loud_ns = now_ns
-            elif overload.level == before:
-                assert now_ns - loud_ns < HOLD_NS + WINDOW_NS, "and not for ever"
+            for level in range(1, raw_of((now_ns, oldest_ns))[0] + 1):
+                called_ns[level] = now_ns
+            assert all(now_ns - called_ns[level] >= HOLD_NS for level in range(overload.level + 1, before + 1)), "holds"
+            assert not overload.level or now_ns - called_ns[overload.level] < HOLD_NS + WINDOW_NS, "and not for ever"
 
 
 @settings(max_examples=200, deadline=None)

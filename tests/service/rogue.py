@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 Mood = Literal[
     "well", "busy", "loading", "broken", "refuses", "no key", "html", "garbage", "binary", "hangs", "silent", "cut",
-    "cut early", "error event", "no end", "no usage", "closes", "redirects", "chatty",
+    "cut early", "error event", "no end", "no usage", "closes", "redirects", "chatty", "closes kept",
 ]
 WORDS = ["Yes", ", ", "that ", "is ", "so", "."]
 USAGE = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 4}}
@@ -76,6 +76,7 @@ class Rogue:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.writers.add(writer)
+        kept = False
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 if head.startswith(b"GET"):
@@ -89,7 +90,8 @@ class Rogue:
                 self.asked.append(json.loads(await reader.readexactly(size)))
                 self.open += 1
                 self.most_open = max(self.most_open, self.open)
-                answer = asyncio.create_task(self.answer(writer))
+                answer = asyncio.create_task(self.answer(writer, kept))
+                kept = True
                 gone = asyncio.create_task(reader.read(1))
                 try:
                     await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -110,7 +112,7 @@ class Rogue:
             self.writers.discard(writer)
             writer.close()
 
-    async def answer(self, writer: asyncio.StreamWriter) -> bool:
+    async def answer(self, writer: asyncio.StreamWriter, kept: bool) -> bool:
         """True: close the connection."""
         mood = self.moods.pop(0) if self.moods else self.mood
         if mood in STATUS:
@@ -121,7 +123,7 @@ class Rogue:
                 % (STATUS[mood], retry, len(body), body)
             )
             return False
-        if mood == "closes":
+        if mood == "closes" or (kept and mood == "closes kept"):
             return True
         if mood == "hangs":
             assert self.gate is not None
