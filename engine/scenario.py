@@ -188,6 +188,8 @@ def _check_sense(scenario: Scenario, path: Path) -> None:
     def no(what: str, fix: str = "") -> None:
         raise ScenarioError(what, where=str(path), fix=fix)
 
+    if scenario.shared.url or scenario.sessions.enabled:
+        no("[shared] and [sessions] are not wired into the gateway yet", "leave out shared.url and sessions.enabled")
     if not scenario.classes:
         no("no traffic class", "add at least one [classes.NAME] section")
     total = sum(c.share for c in scenario.classes.values())

@@ -67,13 +67,11 @@ def live_sale(
     seed: int,
     folder: Path,
     on_done: Callable[[int], None],
-    before: Callable[[LiveEngine], None] = lambda engine: None,
     after: Callable[[LiveEngine], None] = lambda engine: None,
 ) -> tuple[RunView, list[Seen]]:
-    """The requests through a live engine of its own; ``before`` and ``after`` are called while it runs."""
+    """The requests through a live engine of its own; ``after`` is called while it still runs."""
     scenario = resolved.scenario
     with live_engine(resolved, sets, folder) as engine:
-        before(engine)
         seen = drive(engine, requests, scenario, on_done)
         after(engine)
     if not seen:

@@ -60,10 +60,13 @@ class OsFiles:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             why, fix = "a ledger has one writer", "stop the other, or give a folder of its own"
             raise LedgerError("another process writes this ledger", str(path.parent), why, fix) from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            raise
         return handle
 
     def create(self, path: Path) -> int:

@@ -7,6 +7,7 @@ only when the one before it is. So a position is never ahead of what survives a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from engine.ledger.frame import FRAME, HEAD, Frame, frame_at
 from engine.ledger.manifest import Segment, read_manifest
 from engine.ledger.payload import FOOTER, Batch
 from engine.ledger.record import LogRecord
-from engine.ledger.recovery import damaged, read_segment
+from engine.ledger.recovery import damaged, read_segment, refuse_without_manifest
 
 MOST_BYTES = 8 << 20  # of payload in one poll, about
 
@@ -57,52 +58,91 @@ class Reader:
         self.position = position
 
     def poll(self, durable_seq: int | None = None) -> list[Block]:
-        """New blocks, none where there is nothing new. LedgerError: damage, or records that retention took unread."""
+        """New blocks, none where there is nothing new; about ``MOST_BYTES`` at once.
+
+        LedgerError: damage, or records that retention took unread. What stands before it is given first.
+        """
+        found: list[Block] = []
+        size = 0
+        try:
+            for block in self._new(durable_seq):
+                found.append(block)
+                self.position = block.after
+                size += len(block.payload)
+                if size >= MOST_BYTES:
+                    break
+        except LedgerError:
+            if not found:
+                raise
+        return found
+
+    def _new(self, durable_seq: int | None) -> Iterator[Block]:
         manifest = read_manifest(self._files, self._folder)
         if manifest is None:
-            return []
-        found: list[Block] = []
+            self._without_manifest()
+            return
+        if self.position is not None and self.position.segment >= manifest.next_number:
+            raise self._foreign(f"segment {self.position.segment}", f"the next one here is {manifest.next_number}")
         for segment in manifest.segments:
             if self.position is not None and segment.number < self.position.segment:
                 continue
-            self._enter(segment)
-            found += self._of(segment, durable_seq)
-            if segment.end_bytes is None or sum(len(block.payload) for block in found) >= MOST_BYTES:
-                break
-        return found
+            at = self._entry(segment)
+            try:
+                data = read_segment(self._files, self._folder, segment, at.offset)
+            except LedgerError:
+                if manifest == read_manifest(self._files, self._folder):
+                    raise
+                yield from self._new(durable_seq)  # retention took it since the manifest was read
+                return
+            self.position = at
+            yield from self._of(segment, at, data, durable_seq)
+            if segment.end_bytes is None:
+                return
 
-    def _enter(self, segment: Segment) -> None:
+    def _without_manifest(self) -> None:
+        if self.position is not None:
+            raise self._foreign(f"segment {self.position.segment}", "there is no manifest here")
+        try:
+            refuse_without_manifest(self._files, self._folder)
+        except FileNotFoundError:
+            return  # no folder yet
+        except LedgerError:
+            if read_manifest(self._files, self._folder) is None:  # it did not come only now
+                raise
+
+    def _entry(self, segment: Segment) -> Position:
         at = self.position
-        if at is not None and at.segment == segment.number:
-            return
-        if at is not None and at.next_seq < segment.first_seq:
+        if at is None:
+            return Position(segment.number, HEAD.size, segment.first_seq)
+        if at.segment == segment.number:
+            return at
+        if at.next_seq > segment.first_seq:
+            raise self._foreign(f"record {at.next_seq}", f"segment {segment.number} begins with {segment.first_seq}")
+        if at.next_seq < segment.first_seq:
             what = f"records {at.next_seq} to {segment.first_seq - 1} are no longer kept"
             fix = "begin anew without a position, and keep more (keep_bytes, keep_ns)"
             raise LedgerError(what, str(self._folder), "retention took them before they were read", fix)
-        self.position = Position(segment.number, HEAD.size, segment.first_seq)
+        return Position(segment.number, HEAD.size, segment.first_seq)
 
-    def _of(self, segment: Segment, durable_seq: int | None) -> list[Block]:
-        at = self.position
-        assert at is not None
-        data = read_segment(self._files, self._folder, segment, at.offset)
+    def _foreign(self, position: str, ledger: str) -> LedgerError:
+        why = "it is of another ledger, or the end of this one was lost"
+        what = f"the position to read on from, {position}, is not of this ledger: {ledger}"
+        return LedgerError(what, str(self._folder), why, "begin anew without a position")
+
+    def _of(self, segment: Segment, at: Position, data: bytes, durable_seq: int | None) -> Iterator[Block]:
         if segment.end_bytes is not None:
             data = data[: max(0, segment.end_bytes - at.offset)]
-        found: list[Block] = []
-        offset, next_seq, size = 0, at.next_seq, 0
-        while size < MOST_BYTES and (frame := frame_at(data, offset, bytes.fromhex(segment.id))) is not None:
+        offset, next_seq = 0, at.next_seq
+        while (frame := frame_at(data, offset, bytes.fromhex(segment.id))) is not None:
             if frame.codec == FOOTER or frame.first_seq != next_seq:
                 break
             if not self._settled(segment, frame, data, durable_seq):
                 break
-            offset, next_seq, size = frame.end, frame.next_seq, size + len(frame.payload)
+            offset, next_seq = frame.end, frame.next_seq
             after = Position(segment.number, at.offset + offset, next_seq)
-            found.append(Block(frame.first_seq, frame.count, frame.codec, frame.payload, after))
-        whole = segment.end_bytes is None or (offset == len(data) and next_seq == segment.next_seq)
-        if not whole and size < MOST_BYTES:
+            yield Block(frame.first_seq, frame.count, frame.codec, frame.payload, after)
+        if segment.end_bytes is not None and (offset < len(data) or next_seq != segment.next_seq):
             raise damaged(self._folder, segment, at.offset + offset)
-        if found:
-            self.position = found[-1].after
-        return found
 
     @staticmethod
     def _settled(segment: Segment, frame: Frame, data: bytes, durable_seq: int | None) -> bool:

@@ -34,7 +34,7 @@ def recover(files: Files, folder: Path, wall_ns: int) -> Recovered:
     """A manifest in which every segment is closed. LedgerError: damage, with its offset; OSError: the disk."""
     manifest = read_manifest(files, folder)
     if manifest is None:
-        _refuse_without_manifest(files, folder)
+        refuse_without_manifest(files, folder)
         manifest = Manifest()
     recovered = Recovered(manifest)
     if manifest.segments and manifest.segments[-1].end_bytes is None:
@@ -119,7 +119,8 @@ def _head(data: bytes, folder: Path, segment: Segment) -> Head:
     return head
 
 
-def _refuse_without_manifest(files: Files, folder: Path) -> None:
+def refuse_without_manifest(files: Files, folder: Path) -> None:
+    """LedgerError where segments hold records that no manifest names."""
     for name in files.names(folder):
         if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
             continue

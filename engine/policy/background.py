@@ -11,6 +11,7 @@ from engine.config import GatewayConfig
 from engine.events import (
     PRIORITY,
     Abort,
+    Arrive,
     BackgroundRecord,
     Ended,
     GatewayAction,
@@ -58,7 +59,7 @@ class Background:
 
     def refresh(self, now_ns: int, trip: Trip) -> None:
         """What it got is past its time to live: to be renewed, once."""
-        if not self.jobs.renews(trip.key) and self._flights.find(trip.key, PRIORITY["sheddable"]) is None:
+        if not self.jobs.renews(trip.key) and not self._renews(trip.ask):
             self._offer(now_ns, Job("refresh", trip.ask, tier="exact", source=trip.source))
 
     def _offer(self, now_ns: int, job: Job) -> None:
@@ -118,8 +119,12 @@ class Background:
 
     def _is_renewed(self, now_ns: int, job: Job) -> bool:
         """By a client, or just being renewed by one, while the job waited."""
-        key = job.ask.exact_key
-        return self._answers.exact.is_fresh(now_ns, key) or self._flights.find(key, PRIORITY["sheddable"]) is not None
+        return self._answers.exact.is_fresh(now_ns, job.ask.exact_key) or self._renews(job.ask)
+
+    def _renews(self, ask: Arrive) -> bool:
+        """A flight of a client's does; not one whose answer may be cut shorter, and so is not kept."""
+        flight = self._flights.find(ask.exact_key, PRIORITY["sheddable"])
+        return flight is not None and flight.ask.max_tokens >= ask.max_tokens
 
     def ended(self, now_ns: int, flight: Flight, ended: Ended) -> None:
         """A job's flight is over."""

@@ -1,7 +1,7 @@
 """Overload level 0 normal, 1 brown-out, 2 degraded, 3 shed, 4 emergency: by how long the oldest of a class has waited.
 
 A class's age is measured against its own TTFT SLO. Waiting alone calls for level 1; the higher ones say which share of
-the work ``admission.py`` lets in. Up at once; down after some quiet windows, to what the loudest of them called for.
+the work ``admission.py`` lets in. Up at once; down when a level was not called for during ``hold_ms``.
 Second tries beyond their budget go first (``retries.py``). Knows neither queue lengths nor service rates.
 Signal: head-of-line delay as in CoDel and DAGOR; hysteresis as in Breakwater. The study behind it is in ``README.md``.
 """
@@ -115,8 +115,10 @@ class Overload:
         return out or bool(ask.attempt and not drawn and not self._retries.take(ask.tenant))
 
     def calm_ns(self) -> int:
-        """Earliest after which the level can have fallen: an honest Retry-After."""
-        return max(S_NS, self._hold_ns)
+        """Until the level can have fallen, if nothing calls for it any more: an honest Retry-After."""
+        now_ns = self._now_ns or 0
+        called_ns = self._called_ns[self.level] if self.level else now_ns
+        return max(S_NS, called_ns + self._hold_ns - now_ns)
 
     def next_wake_ns(self) -> int | None:
         """The next end of a window (they lie on a grid), while there is something to watch."""

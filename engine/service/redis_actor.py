@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from engine.config import BreakerConfig
 from engine.policy.breaker import Breaker, BreakerStats
 from engine.redis_config import SharedConfig
-from engine.service.redis_connection import Connection, RedisAway, RedisRefused, Word, address, connect
+from engine.service.redis_connection import Connection, RedisAway, RedisRefused, Word, address, connect, the_hiredis
 from engine.units import S_NS
 from engine.values import Struct
 
@@ -84,7 +84,8 @@ class RedisActor:
     def __init__(
         self, config: SharedConfig, breaker: Breaker | None = None, clock_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
-        """``clock_ns``: never goes back. Raises UserError for a url that is none."""
+        """``clock_ns``: never goes back. Raises UserError for a url that is none, and without hiredis."""
+        the_hiredis()  # at the start, not in the first connection's task
         self._config, self._where = config, address(config.url)
         self._breaker = breaker or Breaker(REDIS_BREAKER)
         self._clock_ns = clock_ns
@@ -149,7 +150,7 @@ class RedisActor:
         try:
             async with asyncio.timeout(self._config.budget_ns / S_NS):
                 connection = await connect(self._where, self._gone)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError) as error:
             self._connecting = None
             self._lose_unsent(RedisAway(f"no connection: {error}"))
             return

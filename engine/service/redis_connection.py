@@ -55,8 +55,8 @@ class Address(Struct):
 
 def address(url: str) -> Address:
     """Of a url. Raises UserError."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError(f"the scheme {parts.scheme!r} is not redis, rediss or unix")
         if parts.scheme == "unix" and not parts.path.strip("/"):
@@ -89,8 +89,8 @@ class Connection(asyncio.Protocol):
     """Made by ``connect``. ``gone``: called once, when it is over."""
 
     def __init__(self, gone: Callable[[], None]) -> None:
-        self._reader: hiredis.Reader = _hiredis().Reader()
-        self._pack = _hiredis().pack_command
+        self._reader: hiredis.Reader = the_hiredis().Reader()
+        self._pack = the_hiredis().pack_command
         self._gone = gone
         self._waiting: deque[Awaiting] = deque()
         self._transport: asyncio.Transport | None = None
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not False and self._waiting:
                 self._waiting.popleft().replied(reply)
-        except _hiredis().ProtocolError:
+        except the_hiredis().ProtocolError:
             self.give_up("what came is not Redis's protocol")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -150,7 +150,8 @@ async def connect(where: Address, gone: Callable[[], None]) -> Connection:
     return connection
 
 
-def _hiredis() -> Any:
+def the_hiredis() -> Any:
+    """The module that reads the protocol. Raises UserError where it is missing."""
     try:
         import hiredis
     except ImportError:

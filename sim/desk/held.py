@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from engine.config import Scenario
-from engine.events import LedgerRecord, LevelRecord
+from engine.events import LedgerRecord, LevelRecord, RequestRecord
 from engine.units import MS_NS, S_NS, s_to_ns
 from sim.twin.workload import profile_of
 
-ALONE = "alone-"  # request ids of critical work that was asked before the sale, with nobody else there
+ALONE = "alone"  # below a live sale's folder: the engine that was asked its critical questions, with nobody else there
 OFTEN_NS = 10 * S_NS
 
 
@@ -37,7 +37,7 @@ class Held(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0  # of what the model computed
     cached_tokens: int = 0  # of these, found in the prefix cache
     wait_ms: list[float] = []  # from submission to the first step, in the engine
-    alone_wait_ms: list[float] = []  # the same, for those asked before the sale
+    alone_wait_ms: list[float] = []  # the same, with nobody else there
     ttft_ms: list[float] = []
     e2e_ms: list[float] = []
     compared: int = 0  # critical answers of the whole sale, held against the same question's answer when it was alone
@@ -51,16 +51,16 @@ class Held(msgspec.Struct, frozen=True):
 
 def held(
     frame: pd.DataFrame, records: Sequence[LedgerRecord], scenario: Scenario, profile: str, start_ns: int = 0,
-    texts: tuple[dict[str, str], dict[str, str]] = ({}, {}),
+    texts: tuple[dict[str, str], dict[str, str]] = ({}, {}), alone: Sequence[LedgerRecord] = (),
 ) -> Held:
     """From a run's frame and its records (``start_ns``: the sale's beginning on their clock).
 
-    ``texts``: answers of critical requests by id of the sale, when they were alone and in the crowd.
+    ``texts``: answers of critical requests by id of the sale, when they were alone and in the crowd. ``alone``: the
+    records of those that were alone.
     """
     shape = profile_of(scenario, profile)
     begin_ns = s_to_ns(shape.base_s + shape.ramp_s)
     classes = scenario.classes
-    alone = frame[frame["request_id"].str.startswith(ALONE)]
     frame = frame[frame["arrived_ns"].between(begin_ns, begin_ns + s_to_ns(shape.plateau_s), "left")]
     limits = {name: (cls.slo_ttft_ms * MS_NS, cls.slo_e2e_ms * MS_NS) for name, cls in classes.items()}
     ttft = frame["traffic_class"].map(lambda name: limits[name][0]).astype("Int64")
@@ -84,7 +84,8 @@ def held(
         changes_s=[at for at, _ in changes], calm_after_s=_calm_s(changes) - shape.duration_s,
         prompt_tokens=int(frame.loc[model, "prompt_tokens"].sum()),
         cached_tokens=int(frame.loc[model, "cached_tokens"].sum()),
-        wait_ms=_ms(judged["queue_ns"]), alone_wait_ms=_ms(alone["queue_ns"]),
+        wait_ms=_ms(judged["queue_ns"]),
+        alone_wait_ms=[r.queue_ns / MS_NS for r in alone if isinstance(r, RequestRecord)],
         ttft_ms=_ms(judged["ttft_ns"]), e2e_ms=_ms(judged["e2e_ns"]),
         compared=len(before.keys() & after.keys()),
         same=sum(before[name] == after[name] for name in before.keys() & after.keys()),

@@ -15,13 +15,13 @@ from pathlib import Path
 import msgspec
 
 from engine.config import Scenario
-from engine.errors import DoorbusterError
-from engine.scenario import data_path, load
+from engine.errors import DoorbusterError, UserError
+from engine.scenario import Resolved, data_path, load
 from sim import runs, sale
 from sim.demo import find_capacity
 from sim.desk import spike_plot, unloaded
-from sim.desk.frames import read_run
-from sim.desk.held import Held, held, p99
+from sim.desk.frames import read_records, read_run
+from sim.desk.held import ALONE, Held, held, p99
 from sim.desk.unloaded import Texts
 from sim.twin import cost
 from sim.twin.workload import flash_sale, profile_of
@@ -32,6 +32,7 @@ FIRST_COME = (
 ALL_OR_NOTHING = (
     "overload.graded=false", "overload.degraded_share=0.4", "overload.shed_share=0.5", "overload.hold_ms=750",
 )
+PICTURES = (".png", ".svg", ".pdf")
 ABOVE = 1.12  # live, the first rate that is tried for the capacity, of the twin's: the highest that holds is meant
 
 
@@ -62,14 +63,34 @@ def table(rows: dict[str, list[Held]], capacity_rps: float, plateau_s: float) ->
         goodput = pool("model_good") / (plateau_s * len(sales)) / capacity_rps
         computed = max(1, pool("model_good") + pool("model_late"))
         late_ms = ", ".join(f"{p99(sales, field):.0f}" for field in ("wait_ms", "ttft_ms", "e2e_ms"))
+        alone_ms = f"{p99(sales, 'alone_wait_ms'):.0f} ms" if any(each.alone_wait_ms for each in sales) else "-"
         yield (
             f"| {name} | {goodput:.1%} | {pool('model_late') / computed:.2%} | {pool('good') / pool('offered'):.1%} "
-            f"| {pool('critical_good')} of {pool('critical')} | {late_ms} ms | {p99(sales, 'alone_wait_ms'):.0f} ms "
+            f"| {pool('critical_good')} of {pool('critical')} | {late_ms} ms | {alone_ms} "
             f"| {pool('same')} of {pool('compared')} | {pool('sheddable_answered') / max(1, pool('sheddable')):.1%} "
             f"| {sum(len(each.changes_s) for each in sales) / len(sales):.0f}, "
             f"{max(each.changes_in_10_s for each in sales)} | {max(each.calm_after_s for each in sales):.1f} s "
             f"| {pool('cached_tokens') / max(1, pool('prompt_tokens')):.1%} |"
         )
+
+
+def highest_confirmed(
+    bench: sale.Bench, resolved: Resolved, sets: tuple[str, ...], seed: int, say: Callable[[str], None]
+) -> float:
+    """Live, the highest rate that holds: from above the twin's down to one that does, or up while they do.
+
+    Raises UserError when none of them held.
+    """
+    start, held_rps = ABOVE, 0.0
+    while True:
+        tried = find_capacity(bench, resolved, sets, seed, runs.create(resolved, "live"), say, start=start)
+        held_rps = max(held_rps, tried.live_rps * tried.confirmed)
+        if not tried.confirmed or tried.live_rps < tried.twin_rps * start * 0.999:  # it had to go down
+            break
+        start *= ABOVE
+    if not held_rps:
+        raise UserError("no rate was confirmed live", why=str(tried), fix="a quiet machine")
+    return held_rps
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -88,8 +109,7 @@ def measure(
     resolved = load(scenario_name, sets)
     bench = sale.make_bench(resolved, made)
     if live:
-        folder = runs.create(resolved, "live")
-        capacity_rps = find_capacity(bench, resolved, sets, seeds[0], folder, say, start=ABOVE).live_rps
+        capacity_rps = highest_confirmed(bench, resolved, sets, seeds[0], say)
     else:
         capacity_rps = bench.capacity_rps(seeds[0])
         say(f"capacity {capacity_rps:.2f}/s by the twin, response caches off")
@@ -110,7 +130,9 @@ def measure(
             else:
                 sale.twin_sale(sale.make_bench(own, made), own, requests, duration_s, seed, folder)
             run = read_run(folder)
-            found.rows[name].append(held(run.frame, run.records, resolved.scenario, profile, run.start_ns, texts))
+            found.rows[name].append(held(
+                run.frame, run.records, resolved.scenario, profile, run.start_ns, texts, read_records(folder / ALONE)
+            ))
             say(f"{name}, seed {seed}: {len(requests):,} requests")
     return found
 
@@ -134,6 +156,11 @@ def main() -> int:
 
     try:
         made, sets = cost.load(given.calibration), tuple(given.sets)
+        names = list(rows_of(load(given.scenario, sets).scenario))
+        if unknown := [name for name in given.only if name not in names]:
+            raise UserError(f"no such row: {', '.join(unknown)}", where="--only", fix=f"one of: {'; '.join(names)}")
+        if given.plot and (not given.plot.parent.is_dir() or given.plot.suffix not in PICTURES):
+            raise UserError("no place for a picture", str(given.plot), fix=f"an existing folder, {', '.join(PICTURES)}")
         found = measure(
             given.scenario, sets, given.profile, given.rate, given.seeds, made, given.live, given.only, say
         )

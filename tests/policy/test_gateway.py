@@ -431,7 +431,7 @@ class GatewayWorld:
             self._serve(trip, Answer(trip.ask.rid, tier, answer_id, trip.level, age_ns, source, cosine))
             self._close(trip)
         elif {0: False, 1: self.level >= 3, 2: self.level >= 2}[trip.cls.priority]:
-            self._fall_back(trip, "overloaded", 1_100 * MS_NS)
+            self._fall_back(trip, "overloaded", self.overload.calm_ns())
             self._close(trip)
         elif not self.up:
             until_ns = trip.ask.arrived_ns + trip.cls.slo_ttft_ms * MS_NS

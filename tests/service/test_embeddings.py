@@ -215,11 +215,11 @@ def test_no_more_are_let_in_than_fit(encoding: Engine) -> None:
     """The same room as for everybody else."""
     most = encoding.inside.app._limits.max_in_flight
     with encoding.http() as client:
-        encoding.call(lambda: setattr(encoding.inside.app, "_in_flight", most))
+        encoding.call(lambda: setattr(encoding.inside.app._rooms, "taken", most))
         try:
             check_error(client.post(EMBEDDINGS, json=ask()), 503, "overloaded")
         finally:
-            encoding.call(lambda: setattr(encoding.inside.app, "_in_flight", 0))
+            encoding.call(lambda: setattr(encoding.inside.app._rooms, "taken", 0))
 
 
 def test_an_encoder_that_is_late_is_504_and_one_that_is_lost_503(

@@ -5,18 +5,19 @@ Run: python -m pytest tests/sim/test_plateau.py -q
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from engine.events import LevelRecord, RequestRecord
 from engine.scenario import load
 from engine.units import MS_NS, S_NS
 from sim import sale
-from sim.desk.frames import read_run, requests_frame
-from sim.desk.held import Held, held
+from sim.desk.frames import read_records, read_run, requests_frame
+from sim.desk.held import ALONE, Held, held
 from sim.desk.plateau import rows_of, table
 from sim.desk.spike_plot import side_by_side
 from sim.desk.tiers import REFERENCE
-from sim.desk.unloaded import sale_between
+from sim.desk.unloaded import CALM_WITHIN_S, sale_between
 from sim.twin import cost
 from sim.twin.workload import flash_sale
 
@@ -43,9 +44,9 @@ def test_what_is_counted() -> None:
         row("paid late", 9, "payment_fraud", "model", 900, 1501, queue_ns=9 * MS_NS),
     ]
     levels = [LevelRecord(round(at * S_NS), level) for at, level in ((1, 1), (6, 2), (12, 3), (15.5, 1), (16, 0))]
-    alone = [row(f"alone-{n}", -9 + n, "payment_fraud", "model", queue_ns=n * MS_NS) for n in (2, 4)]
+    alone = [row(f"a{n}", n, "payment_fraud", "model", queue_ns=n * MS_NS) for n in (2, 4)]
     texts = {"paid": "yes", "paid late": "no", "lost": "yes"}, {"paid": "yes", "paid late": "yes", "other": "no"}
-    found = held(requests_frame([*alone, *records]), levels, SALE, "ci", texts=texts)
+    found = held(requests_frame(records), levels, SALE, "ci", texts=texts, alone=alone)
     assert (found.model_good, found.model_late, found.offered, found.good) == (2, 3, 9, 4)
     assert (found.critical, found.critical_good) == (2, 1)
     assert (found.wait_ms, found.alone_wait_ms) == ([7.0, 9.0], [2.0, 4.0])
@@ -93,12 +94,16 @@ def test_live_every_payment_is_asked_alone_first_and_gets_the_same_answer(tmp_pa
     sets = ("model.name=fake", "semantic.enabled=false", "overload.hold_ms=1000")
     resolved = load("flash-sale", sets)
     requests = flash_sale(SALE, "ci", 8.0, 1)
+    began_s = time.monotonic()
     texts = sale_between(resolved, sets, requests, 14.0, 1, tmp_path)
+    took_s = time.monotonic() - began_s
     run = read_run(tmp_path)
-    found = held(run.frame, run.records, SALE, "ci", run.start_ns, texts)
+    found = held(run.frame, run.records, SALE, "ci", run.start_ns, texts, read_records(tmp_path / ALONE))
     payments = sum(r.traffic_class == "payment_fraud" for r in requests)
     assert found.compared == found.same == payments > found.critical > 0
     assert len(found.alone_wait_ms) == payments
-    assert found.calm_after_s < 14, "it was waited for"
+    assert found.calm_after_s < CALM_WITHIN_S, "it was waited for"
+    assert took_s < 14 + CALM_WITHIN_S, "and no longer than it took: starting both engines and asking takes less"
+    assert len(run.frame) == len(requests), "those that were alone are no part of the sale"
     drawn = side_by_side({"x": tmp_path, "again": tmp_path}, SALE, "ci")
     assert f"{payments} of {payments} in time" in " ".join(drawn.get_suptitle().split())
