@@ -49,8 +49,8 @@ def encode(rows: Sequence[LogRecord]) -> tuple[int, bytes]:
     for number in numbers:
         kind = KINDS[number]
         chosen = rows if len(numbers) == 1 else [row for row in rows if type(row) is kind]
-        stream = _stream(to_batch(kind, chosen))
-        parts += PART.pack(number, len(stream)), stream
+        part = stream(to_batch(kind, chosen))
+        parts += PART.pack(number, len(part)), part
     return ARROW, b"".join(parts)
 
 
@@ -105,7 +105,8 @@ def _unpacked(payload: bytes) -> bytes:
     return _CODEC.decompress(memoryview(payload)[4:], int.from_bytes(payload[:4], "little"), asbytes=True)
 
 
-def _stream(batch: pa.RecordBatch) -> bytes:
+def stream(batch: pa.RecordBatch) -> bytes:
+    """One Arrow IPC stream of one batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as writer:
         writer.write_batch(batch)

@@ -6,7 +6,7 @@ import threading
 
 from engine.ledger.files import OsFiles
 
-PATIENCE_S = 60.0  # a test that hangs fails by this
+PATIENCE_S = 30.0  # a test that hangs fails by this
 
 
 class GatedFiles(OsFiles):

@@ -71,12 +71,14 @@ def all_records(files: Files, folder: Path = FOLDER) -> list[LogRecord]:
     return found
 
 
-def accounted(log: list[LogRecord], offered: list[tuple[LogRecord, bool]]) -> None:
-    """``offered``: each record, and was there room. A loss record stands where as many of its kind were dropped."""
+def accounted(log: list[LogRecord], offered: list[tuple[LogRecord, bool]], place: int = 0) -> None:
+    """``offered``: each record, and was there room. A loss record stands where as many of its kind were dropped.
+
+    ``place``: the number of the first entry of ``log``.
+    """
     lost: list[str] = []
     rest = iter(log)
     entry = next(rest, None)
-    place = 0
     for record, room in offered:
         if not room:
             lost.append(type(record).__name__)
@@ -90,8 +92,9 @@ def accounted(log: list[LogRecord], offered: list[tuple[LogRecord, bool]]) -> No
 
 def _losses(entry, rest, lost: list[str], place: int):
     told: dict[str, int] = {}
+    first = place
     while isinstance(entry, LossRecord):
-        assert entry.from_seq <= place
+        assert first <= entry.from_seq <= place
         told[entry.kind] = told.get(entry.kind, 0) + entry.count
         entry, place = next(rest, None), place + 1
     assert told == {kind: lost.count(kind) for kind in set(lost)}
