@@ -94,7 +94,6 @@ class Reader:
                     raise
                 yield from self._new(durable_seq)  # retention took it since the manifest was read
                 return
-            self.position = at
             yield from self._of(segment, at, data, durable_seq)
             if segment.end_bytes is None:
                 return

@@ -38,7 +38,7 @@ FRAME_ROWS = 2_000  # as Limits.flush_rows
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Fifteen fields, about 232 bytes as JSON: the event of the usual comparison."""
+    """Fifteen fields of an event that many logs know; 270 bytes as JSON."""
 
     event_id: str
     at_ns: int

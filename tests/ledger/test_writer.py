@@ -81,7 +81,10 @@ def test_a_waiter_that_is_cancelled_hurts_nobody(tmp_path: Path) -> None:
     files = GatedFiles()
     writer = LedgerWriter(tmp_path, NEVER, files)
 
+    complaints: list[object] = []
+
     async def serve() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         files.shut()
         tasks = [asyncio.create_task(writer.append_durable(click(n))) for n in range(3)]
         await asyncio.to_thread(files.reached)
@@ -93,6 +96,7 @@ def test_a_waiter_that_is_cancelled_hurts_nobody(tmp_path: Path) -> None:
         await writer.append_durable(click(3))
 
     asyncio.run(serve())
+    assert not complaints, "a result for a task that is gone"
     assert writer.close() == 0
     assert all_records(OsFiles(), tmp_path) == [click(n) for n in range(4)]  # what was accepted is not taken back
 
