@@ -1,6 +1,8 @@
 """Any order of appending, flushing, rotating, following, faults of the disk, deaths and power cuts.
 
 Run: python -m pytest tests/ledger/test_machine.py -q
+Four mutations that it did not see: the tail not rewritten at recovery, no sync of the folder, leftovers unlinked too
+early, a retry in the same segment. It has no retention.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ invariant: mutation that it caught
 - lowest first: sheddable work allowed to 3; standard work held at 2
 - raw level: `>` for `>=`; one SLO for all classes; the lowest class decides; a negative age reported
 - up at once: one level at a time; only at the end of a window
-- a level holds: a nanosecond longer; from its first call on instead of its last; a call for 3 is none for 2; falls to 0
+- a level holds: a nanosecond longer; from its first call on instead of its last; a call for 3 is none for 2
 - ties: the last class named; the order of the observation
 - wake: at level 0 with nobody waiting; none while somebody waits; none above level 0; for a class nobody configured
 - a clock that steps back; a change reported that was none; off but moving; time booked on the new level; miscounts

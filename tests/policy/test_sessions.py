@@ -3,7 +3,7 @@
 invariant: mutation that it caught
 - one holder: begin without looking at the holder
 - late: finish without the token
-- merge: shared turns resorted; acknowledged ones taken up again; what the store lost not restored
+- merge: acknowledged ones taken up again; what the store lost not restored
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 invariant: mutation that it caught
 - own value: a cancelled call leaves the line
-- budget: no timer; the timer of the youngest
+- budget: no timer
 - breaker: no acquire
 - NOSCRIPT: not sent whole
 """

@@ -2,7 +2,6 @@
 
 invariant: mutation that it caught
 - same verdict: a borrow forgotten; the debt not bounded; the clock's step back not held
-- over-admission: the part not divided
 """
 
 from __future__ import annotations
